@@ -1,0 +1,1 @@
+"""The arithmetic of a decoder: one folder an operation, each with a slow obvious reference; knows no model."""

@@ -1,0 +1,1 @@
+"""What decides which neurons are computed: predictors, their training, and selection rules."""
