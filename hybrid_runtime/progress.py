@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from hybrid_runtime.sizes import format_decimal_bytes
+
 if TYPE_CHECKING:  # rich costs 50 ms to import, and most callers never draw
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
@@ -73,7 +75,7 @@ class PlainProgress:
         self._total_bytes = total_bytes
         self._done_bytes = 0
         self._started_s = self._printed_s = self._clock()
-        self._print(label if total_bytes is None else f"{label}: {format_bytes(total_bytes)}")
+        self._print(label if total_bytes is None else f"{label}: {format_decimal_bytes(total_bytes)}")
 
     def advance(self, n: int) -> None:
         """Count the bytes, and print when the last line is old enough."""
@@ -92,10 +94,10 @@ class PlainProgress:
     def _describe(self, now_s: float) -> str:
         elapsed_s = max(now_s - self._started_s, 1e-9)
         bytes_per_s = self._done_bytes / elapsed_s
-        line = f"{self._label}: {format_bytes(self._done_bytes)}"
+        line = f"{self._label}: {format_decimal_bytes(self._done_bytes)}"
         if self._total_bytes:
-            line += f" of {format_bytes(self._total_bytes)} ({100 * self._done_bytes // self._total_bytes} %)"
-        line += f", {format_bytes(bytes_per_s)}/s"
+            line += f" of {format_decimal_bytes(self._total_bytes)} ({100 * self._done_bytes // self._total_bytes} %)"
+        line += f", {format_decimal_bytes(bytes_per_s)}/s"
         if self._total_bytes and 0 < self._done_bytes < self._total_bytes:
             return f"{line}, {format_duration((self._total_bytes - self._done_bytes) / bytes_per_s)} left"
         return f"{line}, took {format_duration(elapsed_s)}"
@@ -153,15 +155,6 @@ def console_progress(stream: TextIO | None = None) -> Progress:
     """The progress display that suits `stream`, which is stderr unless told."""
     stream = sys.stderr if stream is None else stream
     return TerminalProgress(stream) if stream.isatty() else PlainProgress(stream)
-
-
-def format_bytes(n: float) -> str:
-    """Decimal units, as disks, networks and model pages count them: 5368709120 -> '5.37 GB'."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
 
 
 def format_duration(seconds: float) -> str:

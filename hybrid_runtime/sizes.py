@@ -53,3 +53,12 @@ def format_bytes(num_bytes: int) -> str:
     if shown == "1024.00" and exponent < len(_PREFIXES):  # rounding reached the next unit
         shown, exponent = "1.00", exponent + 1
     return f"{sign}{shown} {_PREFIXES[exponent - 1]}iB"
+
+
+def format_decimal_bytes(num_bytes: float) -> str:
+    """Decimal units, as disks, networks and model pages count them: 5368709120 -> '5.37 GB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from hybrid_runtime.errors import CheckpointError
 
-MAX_SHOWN_CHARS = 80
 # A positioned read returns at most 2 GiB - 4 KiB on Linux; smaller calls also notice Ctrl-C sooner.
 MAX_READ_BYTES = 1 << 26
 
@@ -70,11 +69,3 @@ def open_file(path: Path) -> Iterator[OpenFile]:
         yield OpenFile(path, descriptor, status.st_size)
     finally:
         os.close(descriptor)
-
-
-def shown(value: object) -> str:
-    """What a file holds as a message may carry it: quoted, escaped and short, however long or hostile it is."""
-    if isinstance(value, list | tuple | dict):
-        return f"a {type(value).__name__} of {len(value)}"  # its repr may be as large or as nested as the file
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}... ({len(text)} characters)"

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybrid_runtime.checkpoints.file_reading import open_file, shown
+from hybrid_runtime.checkpoints.file_reading import open_file
 from hybrid_runtime.checkpoints.gguf_header import HeaderReader
 from hybrid_runtime.checkpoints.gguf_metadata import MAX_KEYS, MIN_KEY_BYTES, read_metadata
 from hybrid_runtime.checkpoints.gguf_types import (
@@ -28,6 +28,7 @@ from hybrid_runtime.checkpoints.gguf_types import (
 )
 from hybrid_runtime.checkpoints.tensor_file import TensorInfo, storage_unit
 from hybrid_runtime.errors import CheckpointError, UnsupportedModel
+from hybrid_runtime.strict_json import shown
 
 VERSIONS = (2, 3)
 OLD_MAGICS = (b"ggml", b"lmgg", b"fmgg", b"tjgg", b"algg")  # formats before GGUF, as their bytes lie in the file

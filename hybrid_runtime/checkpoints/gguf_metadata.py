@@ -10,9 +10,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from hybrid_runtime.checkpoints.file_reading import shown
 from hybrid_runtime.checkpoints.gguf_header import HeaderReader
 from hybrid_runtime.errors import CheckpointError
+from hybrid_runtime.strict_json import shown
 
 BOOL, STRING, ARRAY = 7, 8, 9
 NUMBER_TYPES: Mapping[int, np.dtype[np.generic]] = MappingProxyType(

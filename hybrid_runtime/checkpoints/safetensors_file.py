@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TypeGuard
 
 from hybrid_runtime.checkpoints.element_types import ELEMENT_TYPES
-from hybrid_runtime.checkpoints.file_reading import OpenFile, open_file, shown
-from hybrid_runtime.checkpoints.strict_json import parse_json_object
+from hybrid_runtime.checkpoints.file_reading import OpenFile, open_file
 from hybrid_runtime.checkpoints.tensor_file import TensorInfo
 from hybrid_runtime.errors import CheckpointError, UnsupportedModel
+from hybrid_runtime.strict_json import parse_json_object, shown
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit

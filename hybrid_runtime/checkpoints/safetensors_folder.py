@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from hybrid_runtime.checkpoints.file_reading import open_file, shown
+from hybrid_runtime.checkpoints.file_reading import open_file
 from hybrid_runtime.checkpoints.safetensors_file import read_safetensors_header
-from hybrid_runtime.checkpoints.strict_json import parse_json_object
 from hybrid_runtime.checkpoints.tensor_file import TensorInfo
 from hybrid_runtime.errors import CheckpointError
+from hybrid_runtime.strict_json import parse_json_object, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from hybrid_runtime.checkpoints.element_types import ELEMENT_TYPES, READABLE_ELEMENT_TYPES
-from hybrid_runtime.checkpoints.file_reading import OpenFile, open_file, shown
+from hybrid_runtime.checkpoints.file_reading import OpenFile, open_file
 from hybrid_runtime.checkpoints.gguf_blocks import BLOCK_FORMATS, BlockFormat
 from hybrid_runtime.errors import CheckpointError, UnsupportedModel
+from hybrid_runtime.strict_json import shown
 
 CHUNK_BYTES = 8 << 20
 # Dequantising makes float32 of 7 to 12 times the bytes, with temporaries as large: a smaller chunk keeps them small.

@@ -22,7 +22,8 @@ from hybrid_runtime.hub.listing import HubUnreachableError, Listing, RemoteFile,
 from hybrid_runtime.hub.names import check_revision, is_commit, is_repo_id, is_safe_file, printable
 from hybrid_runtime.hub.selection import select_files
 from hybrid_runtime.hub.transfer import Source, fetch_blob, incomplete_path
-from hybrid_runtime.progress import NoProgress, Progress, format_bytes
+from hybrid_runtime.progress import NoProgress, Progress
+from hybrid_runtime.sizes import format_decimal_bytes
 
 DEFAULT_RETRY = RetryPolicy()
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -154,8 +155,9 @@ def _check_disk(missing: Sequence[RemoteFile], cache: RepoCache) -> None:
     free = free_disk_bytes(cache.cache_dir)
     if needed > free:
         raise BudgetError(
-            f"{cache.repo_id} needs {format_bytes(needed)} more on disk ({needed} bytes), and {cache.cache_dir} has"
-            f" {format_bytes(free)} free ({free} bytes); free some, or set HF_HOME to a folder on a larger disk"
+            f"{cache.repo_id} needs {format_decimal_bytes(needed)} more on disk ({needed} bytes), and "
+            f"{cache.cache_dir} has {format_decimal_bytes(free)} free ({free} bytes); "
+            "free some, or set HF_HOME to a folder on a larger disk"
         )
 
 
@@ -200,7 +202,8 @@ def _explain(error: OSError, cache_dir: Path) -> DownloadError | BudgetError:
     where = error.filename or cache_dir
     if error.errno in _DISK_FULL:
         return BudgetError(
-            f"{where}: the disk is full ({format_bytes(free_disk_bytes(cache_dir))} free). What has arrived is kept;"
+            f"{where}: the disk is full ({format_decimal_bytes(free_disk_bytes(cache_dir))} free). What has arrived is "
+            "kept;"
             " free some space and run again, or set HF_HOME to a folder on a larger disk"
         )
     return DownloadError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from hybrid_runtime import strict_json
 from hybrid_runtime.errors import TokenizerError
+
+MAX_VALUES = 1 << 23  # a tokenizer.json of 256k tokens lists them and twice as many merged pieces
 
 
 def read_bytes(path: Path) -> bytes:
@@ -25,21 +26,7 @@ def read_json_object(path: Path) -> Mapping[str, object]:
 
 def parse_json_object(data: bytes, *, file: str) -> dict[str, object]:
     """The JSON object in `data`; a key given twice is refused, because readers differ in which one they take."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        content = dict(pairs)
-        if len(content) != len(pairs):
-            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise TokenizerError(f"{file}: the key {twice!r} is given twice in one object; keep one of them")
-        return content
-
-    try:
-        content = json.loads(data.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{file}: not valid JSON: {error}; fetch the file again") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{file}: expected a JSON object, found {type(content).__name__}; fetch the file again")
-    return content
+    return strict_json.parse_json_object(data, file, TokenizerError, max_values=MAX_VALUES)
 
 
 def text_field(content: Mapping[str, object], key: str, *, file: str) -> str | None:

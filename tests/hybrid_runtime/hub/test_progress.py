@@ -7,7 +7,8 @@ import io
 import pytest
 
 from hybrid_runtime.errors import DownloadError
-from hybrid_runtime.progress import PlainProgress, TerminalProgress, console_progress, format_bytes, format_duration
+from hybrid_runtime.progress import PlainProgress, TerminalProgress, console_progress, format_duration
+from hybrid_runtime.sizes import format_decimal_bytes
 
 
 class Clock:
@@ -88,7 +89,7 @@ def test_streams_that_are_no_terminal_get_plain_lines():
     ("n", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (5_368_709_120, "5.37 GB"), (1.036e14, "104 TB")]
 )
 def test_bytes_are_written_in_decimal_units(n, text):
-    assert format_bytes(n) == text
+    assert format_decimal_bytes(n) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75, "1:15"), (3675, "1:01:15")])
