@@ -1,0 +1,157 @@
+"""The forward pass of every family: token ids in, logits out. Knows token ids and weights, never text or files."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+from hybrid_kernels.attention.op import attention
+from hybrid_kernels.linear.op import linear
+from hybrid_kernels.norm.op import layer_norm, rms_norm
+from hybrid_kernels.quantization.op import dequantize_rows
+from hybrid_kernels.rope.op import apply_rope
+from hybrid_kernels.routing.op import route
+from hybrid_kernels.sparse_ffn.op import sparse_ffn
+from hybrid_runtime.config import ModelConfig
+from hybrid_runtime.errors import UsageError
+from hybrid_runtime.model.kv_cache import KvCache
+from hybrid_runtime.model.rope_frequencies import rope_frequencies
+from hybrid_runtime.model.weights import DecoderLayer, DecoderWeights, FeedForward, Norm, Projection
+
+PredictorMode = Literal["mask", "off", "gate"]
+"""mask: neurons that the checkpoint's predictor rules out are not computed (TurboSparse's own definition).
+off: every neuron is computed. gate: every gate is, and the rest of a neuron only where its gate fires (exact)."""
+PREDICTOR_MODES: tuple[PredictorMode, ...] = get_args(PredictorMode)
+Rotation = tuple[torch.Tensor, float]
+"""Inverse frequencies [D / 2] and magnitude of the rotary positions."""
+
+
+def choose_predictor_mode(config: ModelConfig, wanted: PredictorMode | None) -> PredictorMode:
+    """The mode to run with; None asks for the model's own. Raise UsageError for a mode that the model cannot have."""
+    if wanted is None:
+        if config.predictor_is_part_of_model:
+            return "mask"
+        return "gate" if config.activation.gate_decides else "off"
+    if wanted == "mask" and config.predictor_input is None:
+        raise UsageError("--predictor mask: this checkpoint carries no predictor; use off or gate")
+    if wanted == "gate" and not config.activation.gate_decides:
+        raise UsageError(f"--predictor gate: {config.activation.kind} leaves no exact zeros at its gate; use off")
+    return wanted
+
+
+class Decoder:
+    """One model ready to compute. Holds no state of a sequence: that is in the KvCache."""
+
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, predictor_mode: PredictorMode) -> None:
+        self.config = config
+        self.weights = weights
+        self.predictor_mode = predictor_mode
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: torch.Tensor, cache: KvCache, *, all_logits: bool = False, prompt_end: int = 0
+    ) -> torch.Tensor:
+        """tokens: [T] int64, T >= 1, after what the cache holds -> logits [T or 1, V] float32 (1: the last token's).
+
+        prompt_end: where the prompt ends of which the tokens are one chunk; longrope rotates the first chunk by it too.
+        """
+        end = cache.length + len(tokens)
+        positions = torch.arange(cache.length, end)
+        rotation = self._rotation(max(end, prompt_end))
+        x = self._embed(tokens, positions)  # [T, H]
+        for layer_idx, layer in enumerate(self.weights.layers):
+            x = self._layer(layer_idx, layer, x, positions, rotation, cache)
+        cache.length += len(tokens)
+        x = self._norm(x if all_logits else x[-1:], self.weights.norm)
+        return linear(x, self.weights.lm_head)
+
+    def _rotation(self, num_positions: int) -> Rotation | None:
+        rope = self.config.rope
+        return None if rope is None else rope_frequencies(rope, self.config.head_dim, num_positions)
+
+    def _embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        embedding = self.weights.embed_tokens
+        x = dequantize_rows(embedding.rows[tokens], embedding.columns, embedding.row_format)
+        learned = self.weights.embed_positions
+        if learned is not None:
+            rows = learned.rows[positions + (self.config.learned_position_offset or 0)]
+            x = x + dequantize_rows(rows, learned.columns, learned.row_format)
+        return x
+
+    def _layer(
+        self,
+        layer_idx: int,
+        layer: DecoderLayer,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        rotation: Rotation | None,
+        cache: KvCache,
+    ) -> torch.Tensor:
+        """x: [T, H], the residual stream -> [T, H]."""
+        layer_input = x
+        x = x + self._attention(layer_idx, layer, self._norm(x, layer.input_layernorm), positions, rotation, cache)
+        pre_norm = x
+        post_norm = self._norm(x, layer.post_attention_layernorm)
+        taps = {"layer_input": layer_input, "pre_norm": pre_norm, "post_norm": post_norm}
+        predictor_input = taps[self.config.predictor_input or "post_norm"]
+        if layer.router is None:
+            return x + self._feed_forward(layer.experts[0], post_norm, predictor_input)
+        return x + self._mixture(layer, post_norm, taps[self.config.router_input], predictor_input)
+
+    def _attention(
+        self,
+        layer_idx: int,
+        layer: DecoderLayer,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        rotation: Rotation | None,
+        cache: KvCache,
+    ) -> torch.Tensor:
+        config = self.config
+        query, keys, values = (
+            _project(x, projection).view(len(x), -1, config.head_dim)
+            for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )  # [T, heads, D], [T, kv_heads, D] twice
+        if rotation is not None and config.rotates(layer_idx):
+            query = apply_rope(query, positions, *rotation)
+            keys = apply_rope(keys, positions, *rotation)
+        keys, values = cache.append(layer_idx, keys, values)
+        mixed = attention(query, keys, values, cache.length, config.window(layer_idx))  # [T, heads, D]
+        return _project(mixed.reshape(len(x), -1), layer.o_proj)
+
+    def _mixture(
+        self, layer: DecoderLayer, x: torch.Tensor, router_input: torch.Tensor, predictor_input: torch.Tensor
+    ) -> torch.Tensor:
+        """Each token's FFN is the weighted sum of its experts, added in the order of expert numbers."""
+        config = self.config
+        assert layer.router is not None
+        experts, weights = route(
+            linear(router_input, layer.router),
+            config.num_experts_per_tok,
+            config.router_score,
+            normalize=config.normalize_expert_weights,
+        )  # [T, k] each
+        output = torch.zeros_like(x)
+        for expert_idx in sorted(set(experts.flatten().tolist())):
+            tokens, slots = (experts == expert_idx).nonzero(as_tuple=True)
+            partial = self._feed_forward(layer.experts[expert_idx], x[tokens], predictor_input[tokens])
+            output[tokens] += partial * weights[tokens, slots].unsqueeze(1)
+        return output
+
+    def _feed_forward(self, ffn: FeedForward, x: torch.Tensor, predictor_input: torch.Tensor) -> torch.Tensor:
+        active = None
+        if self.predictor_mode == "mask":
+            assert ffn.predictor is not None
+            active = ffn.predictor.active(predictor_input)  # [T, I]
+        return sparse_ffn(x, ffn.bundles, self.config.activation, active, gate_first=self.predictor_mode == "gate")
+
+    def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        if self.config.norm == "rms":
+            return rms_norm(x, norm.weight, self.config.norm_eps)
+        assert norm.bias is not None
+        return layer_norm(x, norm.weight, norm.bias, self.config.norm_eps)
+
+
+def _project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
+    return linear(x, projection.weight, projection.bias)
