@@ -1,0 +1,342 @@
+"""A checkpoint into a store, one part at a time, so that a kill at any moment costs at most the part being written.
+
+Order of events, each durable before the next: a journal that marks the folder as unfinished; each part under a
+temporary name, synced, renamed, then named in the journal with its digest; the tokenizer; and last the manifest, which
+alone makes the folder a store. A rerun keeps the parts in the journal. An older store in the same folder stays the one
+that is read until the manifest is replaced, and only then are its files removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+
+from hybrid_runtime.checkpoints.checkpoint import Checkpoint
+from hybrid_runtime.errors import BudgetError, CheckpointError, HybridError, StoreError, UsageError
+from hybrid_runtime.progress import NoProgress, Progress
+from hybrid_runtime.sizes import format_bytes
+from hybrid_runtime.store.blocks import entry_blocks
+from hybrid_runtime.store.layout import Part, Quantization, lay_out
+from hybrid_runtime.store.manifest import DATA_PREFIX, FORMAT_VERSION, MANIFEST, Manifest, read_manifest
+from hybrid_runtime.store.reader import Store, open_store
+
+JOURNAL = "journal.jsonl"
+LOCK = ".lock"
+TOKENIZER = "tokenizer"
+TEMPORARY = ".tmp"  # ends every name that a kill may leave behind and the next run removes
+SPARE_BYTES = 32 << 20  # tokenizer, manifest, journal and the file system's own blocks
+
+SaveTokenizer = Callable[[Path], None]
+
+_DATA_NAME = re.compile(DATA_PREFIX + "[0-9a-f]{16}")
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What is converted into what. save_tokenizer writes the tokenizer's files into a folder that it is given."""
+
+    checkpoint: Checkpoint
+    destination: Path
+    quantization: Quantization
+    model: str
+    save_tokenizer: SaveTokenizer
+
+    @property
+    def data(self) -> str:
+        """Name of the data folder, from the checkpoint's files as they are at this moment."""
+        try:
+            return data_name(self.checkpoint, self.quantization)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}; fetch it again") from error
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The files that will be written."""
+        return lay_out(self.checkpoint.config, self.quantization, self.checkpoint.predictor_ranks())
+
+
+def data_name(checkpoint: Checkpoint, quantization: Quantization) -> str:
+    """Another source, quantisation or format goes into another data folder, so that they are never mixed."""
+    weights = quantization.weights
+    key = f"{FORMAT_VERSION}:{checkpoint.fingerprint()}:{weights.kind}:{weights.group}"
+    return DATA_PREFIX + hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def convert(conversion: Conversion, progress: Progress | None = None) -> Store:
+    """Write the store, resuming what an earlier run finished. Raise before any work when the disk will not hold it."""
+    destination = conversion.destination
+    try:
+        _refuse_foreign_folder(destination)
+        if not _is_done(conversion):
+            _write_store_alone(conversion, progress or NoProgress())
+    except filelock.Timeout as error:
+        raise UsageError(
+            f"{destination}: another conversion is writing here; wait for it or choose another -o"
+        ) from error
+    except OSError as error:
+        raise _cannot_write(destination, error) from error
+    return open_store(destination)
+
+
+def _write_store_alone(conversion: Conversion, progress: Progress) -> None:
+    destination = conversion.destination
+    if not destination.exists():
+        _refuse_small_disk(conversion)  # a refusal leaves not even the folder
+        destination.mkdir(parents=True)
+    with filelock.FileLock(destination / LOCK, timeout=0):
+        if not _is_done(conversion):  # another process may have done it since
+            _refuse_small_disk(conversion)
+            _write_store(conversion, progress)
+
+
+def _write_store(conversion: Conversion, progress: Progress) -> None:
+    data = conversion.destination / conversion.data
+    _remove(_leftovers(conversion, data))
+    finished = _finished_parts(conversion, data)
+    data.mkdir(exist_ok=True)
+    (data / JOURNAL).touch()
+    _sync_folder(data)
+    _sync_folder(conversion.destination)
+    try:
+        _write_parts(conversion, data, finished, progress)
+        _write_tokenizer(conversion, data)
+        _write_manifest(conversion, data, finished)
+    except CheckpointError as error:
+        # What is finished of a broken checkpoint is of no use; after a failed read it is.
+        if not isinstance(error.__cause__, OSError) and data.name != _data_in_use(conversion.destination):
+            shutil.rmtree(data, ignore_errors=True)
+        raise
+    finally:
+        _remove(_temporaries(conversion.destination, data))
+    _remove(_leftovers(conversion, data))
+    (data / JOURNAL).unlink()
+
+
+def _write_parts(conversion: Conversion, data: Path, finished: dict[str, str], progress: Progress) -> None:
+    """Write what is missing and add its digests to finished."""
+    missing = [part for part in conversion.parts if part.file not in finished]
+    if missing:
+        verb = "resuming" if finished else "converting"
+        progress.start(f"{verb} {conversion.model}", sum(part.num_bytes for part in missing))
+    try:
+        for part in missing:
+            finished[part.file] = _write_part(conversion.checkpoint, data / part.file, part, progress)
+            _append_journal(data, part.file, finished[part.file])
+    finally:
+        progress.done()
+
+
+def _write_part(checkpoint: Checkpoint, path: Path, part: Part, progress: Progress) -> str:
+    """Write the whole part under a temporary name, then rename it; return its sha256."""
+    temporary = path.with_suffix(TEMPORARY)
+    digest = hashlib.sha256()
+    with temporary.open("wb") as file:
+        for payload in _part_bytes(checkpoint, part):
+            digest.update(payload)
+            file.write(payload)
+            progress.advance(len(payload))
+        file.flush()
+        os.fsync(file.fileno())
+    found = temporary.stat().st_size
+    assert found == part.num_bytes, f"{temporary} has {found} bytes, planned {part.num_bytes}"
+    temporary.rename(path)
+    _sync_folder(path.parent)
+    return digest.hexdigest()
+
+
+def _part_bytes(checkpoint: Checkpoint, part: Part) -> Iterator[bytes | memoryview]:
+    position = 0
+    for entry in part.entries:
+        yield bytes(entry.offset - position)
+        for block in entry_blocks(checkpoint, entry):
+            yield block.contiguous().view(-1).numpy().data
+        position = entry.offset + entry.num_bytes
+
+
+def _write_tokenizer(conversion: Conversion, data: Path) -> None:
+    if _has_tokenizer(conversion, data):
+        return
+    temporary = data / (TOKENIZER + TEMPORARY)
+    temporary.mkdir()
+    conversion.save_tokenizer(temporary)
+    for path in temporary.iterdir():
+        _sync_file(path)
+    _sync_folder(temporary)
+    if (data / TOKENIZER).exists():
+        (data / TOKENIZER).rename(data / f"{TOKENIZER}-old{TEMPORARY}")
+    temporary.rename(data / TOKENIZER)
+    _sync_folder(data)
+
+
+def _write_manifest(conversion: Conversion, data: Path, digests: dict[str, str]) -> None:
+    checkpoint = conversion.checkpoint
+    if conversion.data != data.name:
+        raise CheckpointError(f"{checkpoint.path}: changed while it was converted; convert it again when it is whole")
+    manifest = Manifest(
+        model=conversion.model,
+        config=checkpoint.config,
+        quantization=conversion.quantization,
+        predictor_ranks=checkpoint.predictor_ranks(),
+        data=data.name,
+        sha256={part.file: digests[part.file] for part in conversion.parts},
+        source=checkpoint.fingerprint(),
+    )
+    temporary = conversion.destination / (MANIFEST + TEMPORARY)
+    temporary.write_text(manifest.to_json())
+    _sync_file(temporary)
+    temporary.replace(conversion.destination / MANIFEST)
+    _sync_folder(conversion.destination)
+
+
+def _is_done(conversion: Conversion) -> bool:
+    """Whether the store in the folder is already this conversion's result, and nothing else is there."""
+    try:
+        store = open_store(conversion.destination)
+    except StoreError:
+        return False
+    data = store.data_folder
+    if data.name != conversion.data or (data / JOURNAL).exists():
+        return False
+    return not any(_leftovers(conversion, data)) and _has_tokenizer(conversion, data)
+
+
+def _has_tokenizer(conversion: Conversion, data: Path) -> bool:
+    """Whether the tokenizer that the checkpoint has now, which the data folder's name says nothing of, is there."""
+    folder = data / TOKENIZER
+    if not folder.is_dir():
+        return False
+    with tempfile.TemporaryDirectory() as current:
+        conversion.save_tokenizer(Path(current))
+        return _contents(Path(current)) == _contents(folder)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _finished_parts(conversion: Conversion, data: Path) -> dict[str, str]:
+    """Digests of the parts that are in the data folder whole: the manifest or the journal names them."""
+    digests = _read_journal(data)
+    if data.name == _data_in_use(conversion.destination):
+        digests = read_manifest(conversion.destination).sha256 | digests
+    sizes = {part.file: part.num_bytes for part in conversion.parts}
+    paths = {file: data / file for file in digests if file in sizes}
+    return {
+        file: digests[file] for file, path in paths.items() if path.is_file() and path.stat().st_size == sizes[file]
+    }
+
+
+def _read_journal(data: Path) -> dict[str, str]:
+    """Digests by file; a torn last line is a part that was not finished."""
+    digests: dict[str, str] = {}
+    journal = data / JOURNAL
+    for line in journal.read_text(errors="replace").splitlines() if journal.is_file() else ():
+        try:
+            entry = json.loads(line)
+            digests[str(entry["file"])] = str(entry["sha256"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return digests
+
+
+def _append_journal(data: Path, file: str, digest: str) -> None:
+    with (data / JOURNAL).open("a") as journal:
+        journal.write("\n" + json.dumps({"file": file, "sha256": digest}) + "\n")  # a torn line above stays its own
+        journal.flush()
+        os.fsync(journal.fileno())
+
+
+def _leftovers(conversion: Conversion, data: Path) -> Iterator[Path]:
+    """Temporaries, and data folders that neither the manifest names nor this conversion writes."""
+    destination = conversion.destination
+    yield from _temporaries(destination, data)
+    in_use = _data_in_use(destination)
+    if in_use is None and (destination / MANIFEST).exists():
+        return  # another version's store: not ours to remove
+    for folder in destination.glob(f"{DATA_PREFIX}*"):
+        if _DATA_NAME.fullmatch(folder.name) and folder.name not in (data.name, in_use):
+            yield folder
+
+
+def _temporaries(destination: Path, data: Path) -> Iterator[Path]:
+    yield from data.glob("*" + TEMPORARY)
+    yield from destination.glob(MANIFEST + TEMPORARY)
+
+
+def _remove(paths: Iterator[Path]) -> None:
+    for path in list(paths):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def _data_in_use(destination: Path) -> str | None:
+    """Name of the data folder of the store that is in the folder, if there is one."""
+    try:
+        return read_manifest(destination).data
+    except StoreError:
+        return None
+
+
+def _refuse_foreign_folder(destination: Path) -> None:
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise UsageError(f"{destination}: is a file; name a folder for the store")
+    names = {path.name for path in destination.iterdir()}
+    is_ours = names <= {LOCK, MANIFEST, MANIFEST + TEMPORARY} or any(_DATA_NAME.fullmatch(name) for name in names)
+    if not is_ours:
+        raise UsageError(f"{destination}: is neither empty nor a store; choose another folder")
+
+
+def _refuse_small_disk(conversion: Conversion) -> None:
+    """Compare what is missing with what is free or will be, before anything is written or removed."""
+    data = conversion.destination / conversion.data
+    finished = _finished_parts(conversion, data)
+    missing_bytes = sum(part.num_bytes for part in conversion.parts if part.file not in finished)
+    if not missing_bytes:
+        return
+    folder = next(path for path in (data, *data.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free + sum(_num_bytes(path) for path in _leftovers(conversion, data))
+    if missing_bytes + SPARE_BYTES > free:
+        raise BudgetError(
+            f"{conversion.destination}: the store needs {format_bytes(missing_bytes + SPARE_BYTES)} more, the disk has "
+            f"{format_bytes(free)} free; free some, choose another disk with -o, or a smaller --quant"
+        )
+
+
+def _num_bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else (path,)
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _cannot_write(destination: Path, error: OSError) -> HybridError:
+    what = f"{error.filename or destination}: cannot be written: {error.strerror or error}"
+    if error.errno in _DISK_IS_FULL:
+        return BudgetError(f"{what}; free some disk and run it again, it goes on where it was")
+    return UsageError(f"{what}; choose another folder with -o")
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
