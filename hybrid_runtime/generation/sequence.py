@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 
 import torch
 
@@ -22,38 +22,65 @@ class TokenSequence:
         self.decoder = decoder
         self.cache = cache
         self.tokens: list[int] = []
+        self._epoch = 0
+        self._longest = 0
 
     def prefill(self, prompt: Sequence[int]) -> tuple[torch.Tensor, int]:
         """Logits [V] after the prompt, and how many of its tokens were still cached."""
         shared = self._shared_prefix(prompt)
-        self.cache.truncate(shared)
-        self.tokens = list(prompt[:shared])
+        self._forget_from(shared)
         logits = torch.empty(0)
         for start in range(shared, len(prompt), PREFILL_BATCH):
-            logits = self._advance(prompt[start : start + PREFILL_BATCH])
+            batch = prompt[start : start + PREFILL_BATCH]
+            logits = self._advance(batch, prompt_end=len(prompt))[-1]
         return logits, shared
 
     def step(self, token: int) -> torch.Tensor:
         """Logits [V] after one more token."""
-        return self._advance([token])
+        return self._advance([token])[-1]
+
+    def score(self, tokens: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Logits [T, V] after each of the tokens, a batch at a time; the context begins anew."""
+        self._forget_from(0)
+        for start in range(0, len(tokens), PREFILL_BATCH):
+            batch = tokens[start : start + PREFILL_BATCH]
+            yield self._advance(batch, prompt_end=len(tokens), all_logits=True)
 
     @property
     def is_full(self) -> bool:
         """Whether not one more token fits the context."""
         return self.cache.length >= self.cache.num_positions
 
-    def _advance(self, tokens: Sequence[int]) -> torch.Tensor:
-        logits = self.decoder.forward(torch.tensor(tokens, dtype=torch.int64), self.cache)[-1]
+    @property
+    def epoch(self) -> int:
+        """Counts the prompts begun: whoever finds another number than after its own prefill has lost the sequence."""
+        return self._epoch
+
+    def _forget_from(self, length: int) -> None:
+        self._epoch += 1
+        self.cache.truncate(length)
+        self.tokens = self.tokens[:length]
+        self._longest = self._longest if length else 0
+
+    def _advance(self, tokens: Sequence[int], *, prompt_end: int = 0, all_logits: bool = False) -> torch.Tensor:
+        self._longest = max(self._longest, self.cache.length + len(tokens), prompt_end)
+        ids = torch.tensor(tokens, dtype=torch.int64)
+        logits = self.decoder.forward(ids, self.cache, all_logits=all_logits, prompt_end=prompt_end)
         self.tokens.extend(tokens)
         if not torch.isfinite(logits).all():
+            num_tokens = len(self.tokens)
+            self._forget_from(0)
             raise NumericsError(
-                f"the model computed NaN or Inf after {len(self.tokens)} tokens; "
-                "its weights or --ffn-activation are wrong"
+                f"the model computed NaN or Inf after {num_tokens} tokens; its weights or --ffn-activation are wrong"
             )
         return logits
 
     def _shared_prefix(self, prompt: Sequence[int]) -> int:
         """Longest common prefix, but never the whole prompt: its last token must be computed for its logits."""
+        rope = self.decoder.config.rope
+        longest = max(self._longest, len(prompt))
+        if rope is not None and rope.kind == "longrope" and longest > rope.original_max_position_embeddings:
+            return 0  # keys depend on how long the prompt was that they belonged to
         shared = 0
         for ours, theirs in zip(self.tokens[: self.cache.length], prompt[:-1], strict=False):
             if ours != theirs:
@@ -66,16 +93,24 @@ class Generation:
     """One answer: iterate over it for its tokens; `report` says afterwards what it did, also when it was left early."""
 
     def __init__(
-        self, sequence: TokenSequence, prompt: Sequence[int], params: SamplingParams, end_ids: Collection[int]
+        self,
+        sequence: TokenSequence,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        end_ids: Collection[int],
+        num_token_ids: int | None = None,
     ) -> None:
+        """num_token_ids: how many ids the tokenizer has text for; a padded head's others are never drawn."""
         self._sequence = sequence
         self._prompt = check_prompt(prompt, sequence)
         self._params = params
         self._end_ids = end_ids
+        self._num_token_ids = num_token_ids
         self._cached_tokens = 0
-        self._generated: list[int] = []
+        self._num_generated = 0
         self._finish_reason: FinishReason = "cancelled"
-        self._started_s = self._first_token_s = self._ended_s = time.perf_counter()
+        self._started_s = self._ended_s = time.perf_counter()
+        self._first_token_s: float | None = None
 
     def __iter__(self) -> Generator[int, None, None]:
         """Tokens as they are drawn, without the one that ends the turn."""
@@ -83,18 +118,20 @@ class Generation:
         self._started_s = time.perf_counter()
         try:
             logits, self._cached_tokens = self._sequence.prefill(self._prompt)
+            epoch = self._sequence.epoch
             while True:
-                window = self._params.repetition_window
-                recent = [*self._prompt, *self._generated][-window:] if window else []
-                token = sampler.sample(logits, recent)
-                self._count(token)
+                token = self._draw(sampler, logits)
                 if token in self._end_ids:
                     self._finish_reason = "end"
                     return
                 yield token
-                if len(self._generated) == self._params.max_tokens:
+                if self._num_generated == self._params.max_tokens:
                     self._finish_reason = "length"
                     return
+                if self._sequence.epoch != epoch:
+                    raise UsageError(
+                        "another prompt was begun before this answer's end; an Engine answers one at a time"
+                    )
                 if self._sequence.is_full:
                     self._finish_reason = "context"
                     return
@@ -109,20 +146,25 @@ class Generation:
     @property
     def report(self) -> GenerationReport:
         """Counts and times so far."""
+        first_token_s = self._ended_s if self._first_token_s is None else self._first_token_s
         return GenerationReport(
             prompt_tokens=len(self._prompt),
             cached_tokens=self._cached_tokens,
-            generated_tokens=len(self._generated),
-            prefill_s=self._first_token_s - self._started_s,
-            decode_s=self._ended_s - self._first_token_s,
-            time_to_first_token_s=self._first_token_s - self._started_s,
+            generated_tokens=self._num_generated,
+            prefill_s=first_token_s - self._started_s,
+            decode_s=self._ended_s - first_token_s,
+            time_to_first_token_s=first_token_s - self._started_s,
             finish_reason=self._finish_reason,
         )
 
-    def _count(self, token: int) -> None:
-        self._generated.append(token)
-        if len(self._generated) == 1:
+    def _draw(self, sampler: Sampler, logits: torch.Tensor) -> int:
+        window = self._params.repetition_window
+        recent = self._sequence.tokens[-window:] if window else []
+        token = sampler.sample(logits[: self._num_token_ids], recent)
+        self._num_generated += 1
+        if self._first_token_s is None:
             self._first_token_s = time.perf_counter()
+        return token
 
 
 def check_prompt(prompt: Sequence[int], sequence: TokenSequence) -> Sequence[int]:

@@ -1,0 +1,77 @@
+"""Loading an Engine for a program: threads, the VRAM notice, progress, and what --verbose tells."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from hybrid_runtime.cli.program import say
+from hybrid_runtime.engine import Engine, LoadOptions
+from hybrid_runtime.machine import describe_machine, physical_cores, usable_cores
+from hybrid_runtime.model.decoder import PredictorMode
+from hybrid_runtime.model.kv_cache import KvDtype
+from hybrid_runtime.progress import console_progress
+from hybrid_runtime.sizes import format_bytes
+from hybrid_runtime.stores import ModelRequest
+
+
+def load_engine(
+    request: ModelRequest,
+    *,
+    vram_bytes: int,
+    ram_bytes: int | None,
+    num_positions: int | None,
+    predictor: str | None,
+    kv_dtype: str | None,
+    threads: int | None,
+    cache_dir: Path | None,
+    verbose: bool,
+    scores: bool = False,
+) -> Engine:
+    """Load the model as the flags ask, telling the user on stderr what takes long and what cannot be had."""
+    num_threads = threads or min(physical_cores(), usable_cores())
+    torch.set_num_threads(num_threads)
+    if vram_bytes > 0:
+        _explain_vram(vram_bytes)
+    options = LoadOptions(
+        ram_bytes=ram_bytes,
+        num_positions=num_positions,
+        predictor=cast("PredictorMode | None", predictor),  # click offers only these
+        kv_dtype=cast("KvDtype | None", kv_dtype),
+        scores=scores,
+        cache_dir=cache_dir,
+        progress=console_progress(),
+        say=say,
+    )
+    started_s = time.perf_counter()
+    engine = Engine.load(request, options)
+    if verbose:
+        _describe(engine, num_threads, time.perf_counter() - started_s)
+    return engine
+
+
+def _explain_vram(vram_bytes: int) -> None:
+    machine = describe_machine()
+    reason = (
+        f"this version computes on the CPU only ({machine.gpu_name} is left alone)"
+        if machine.gpu_name is not None
+        else f"no usable GPU ({machine.no_gpu_reason})"
+    )
+    say(f"--vram {format_bytes(vram_bytes)} is honoured as 0: {reason}")
+
+
+def _describe(engine: Engine, num_threads: int, load_s: float) -> None:
+    machine = describe_machine()
+    config = engine.config
+    sequence = engine.sequence
+    vector_sets = ", ".join(machine.instruction_sets) or "no vector sets"
+    say(f"machine    {machine.cpu_name}, {num_threads} threads, {vector_sets}")
+    say(f"backend    torch {machine.torch_version} on the CPU; GPU: {machine.gpu_name or machine.no_gpu_reason}")
+    say(f"store      {engine.store.folder}, {format_bytes(engine.store.num_bytes)}, loaded in {load_s:.2f} s")
+    say(f"family     {config.family}, {config.num_hidden_layers} layers, {config.activation.kind}")
+    say(f"predictor  {sequence.decoder.predictor_mode}")
+    say(f"context    {sequence.cache.num_positions} tokens, keys and values in {sequence.cache.keys.dtype}")
+    say(f"memory     planned {format_bytes(engine.memory_plan.total)}: {engine.memory_plan.describe()}")

@@ -1,0 +1,95 @@
+"""The options that several programs share, declared once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hybrid_runtime.errors import UsageError
+from hybrid_runtime.sizes import parse_bytes
+
+AnyCommand = Callable[..., Any]
+
+
+class Size(click.ParamType[int]):
+    """Bytes as people write them: 8G, 512M, 1.5GiB, 8000000000."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Raise UsageError naming the flag for anything else."""
+        del ctx
+        try:
+            return value if isinstance(value, int) else parse_bytes(str(value))
+        except UsageError as error:
+            raise UsageError(f"{param.opts[0] if param is not None else 'size'}: {error}") from error
+
+
+def model_options(command: AnyCommand) -> AnyCommand:
+    """Which model, and how its weights are kept."""
+    options = (
+        click.option(
+            "--quant",
+            type=click.Choice(["f32", "bf16", "q8", "q4"]),
+            help="Weights of a model that is not converted yet. [default: f32 up to 268 M parameters, else q4]",
+        ),
+        click.option(
+            "--group", type=int, default=32, show_default=True, help="Weights that share a scale: 32, 64 or 128."
+        ),
+        click.option(
+            "--ffn-activation",
+            metavar="KIND",
+            help="Overrules what config.json says: silu_glu, relu_glu, drelu, fatrelu:0.01, ...",
+        ),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit of a repository. [default: main]"),
+        click.option("--offline", is_flag=True, help="Use only what is on this disk."),
+    )
+    return _with(command, options)
+
+
+def run_options(command: AnyCommand) -> AnyCommand:
+    """How much memory, context and machine a loaded model may use."""
+    options = (
+        click.option(
+            "--ram", type=Size(), metavar="SIZE", help="Promised peak of this process, e.g. 12G. [default: free]"
+        ),
+        click.option(
+            "--ctx",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Context (for perplexity: a window) in tokens. [default: the model's, at most 4096; perplexity: 512]",
+        ),
+        click.option(
+            "--predictor",
+            type=click.Choice(["mask", "off", "gate"]),
+            help="mask: compute only neurons that the checkpoint's predictor lets through; off: all; "
+            "gate: all gates, and the rest where the gate fires. [default: as the model was made]",
+        ),
+        click.option(
+            "--kv-cache",
+            type=click.Choice(["f32", "f16"]),
+            help="Type of keys and values. [default: f32 for f32 weights, else f16]",
+        ),
+        click.option(
+            "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads. [default: physical cores]"
+        ),
+        cache_dir_option,
+    )
+    return _with(command, options)
+
+
+cache_dir_option = click.option(
+    "--cache-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="HYBRID_CACHE_DIR",
+    help="Where converted models are kept. [default: the user's cache; env HYBRID_CACHE_DIR]",
+)
+
+
+def _with(command: AnyCommand, options: tuple[Callable[[AnyCommand], AnyCommand], ...]) -> AnyCommand:
+    for option in reversed(options):
+        command = option(command)
+    return command

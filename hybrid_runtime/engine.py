@@ -1,0 +1,219 @@
+"""The Python API: load a model by name, get text piece by piece.
+
+    from hybrid_runtime.engine import Engine
+
+    engine = Engine.load("stories260K-f32.gguf")
+    for piece in engine.generate("Once upon a time"):
+        print(piece, end="", flush=True)
+
+The command line and (later) the server are thin callers of this class. One Engine answers one prompt at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import platformdirs
+import torch
+
+from hybrid_runtime.budget import MemoryNeeds, MemoryPlan, plan_memory, require_memory
+from hybrid_runtime.config import ModelConfig
+from hybrid_runtime.errors import ContextOverflow, TemplateError, UsageError
+from hybrid_runtime.generation.report import GenerationReport
+from hybrid_runtime.generation.sampling import SamplingParams
+from hybrid_runtime.generation.sequence import Generation, TokenSequence, check_prompt
+from hybrid_runtime.generation.stop import StopMatcher
+from hybrid_runtime.machine import available_ram_bytes, current_rss_bytes
+from hybrid_runtime.model.decoder import Decoder, PredictorMode, choose_predictor_mode
+from hybrid_runtime.model.kv_cache import KvCache, KvDtype
+from hybrid_runtime.model.weights import load_weights
+from hybrid_runtime.progress import NoProgress, Progress
+from hybrid_runtime.store.reader import Store
+from hybrid_runtime.stores import ModelRequest, find_model, load_store_tokenizer
+from hybrid_runtime.text.chat import Message, render_chat
+from hybrid_runtime.text.tokenizer import Tokenizer
+
+MOST_DEFAULT_POSITIONS = 4096
+LEAST_DEFAULT_POSITIONS = 512  # some converters write a context of 128 whatever the model was trained with
+MANY_CHARS_PER_TOKEN = 16  # prose has four
+TOKENS_AT_A_CUT = 64  # by how many fewer tokens a text could have than its beginning
+
+
+def default_cache_dir() -> Path:
+    """Where converted models are kept when the caller names no folder."""
+    return Path(platformdirs.user_cache_dir("hybrid-runtime"))
+
+
+def _say_nothing(message: str) -> None:
+    del message
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a model is loaded. Each None means that the model or the machine decides.
+
+    ram_bytes: the promised peak of the process. num_positions: the context in tokens. predictor: mask, off or gate.
+    kv_dtype: f32 for an f32 store, else f16. scores: whether `logits` will be asked for, which takes more memory.
+    say: gets one line for each thing that the caller may want to know.
+    """
+
+    ram_bytes: int | None = None
+    num_positions: int | None = None
+    predictor: PredictorMode | None = None
+    kv_dtype: KvDtype | None = None
+    scores: bool = False
+    cache_dir: Path | None = None
+    progress: Progress = field(default_factory=NoProgress)
+    say: Callable[[str], None] = _say_nothing
+
+
+class Engine:
+    """A loaded model with its tokenizer and one sequence of tokens, whose KV cache is kept from prompt to prompt."""
+
+    def __init__(
+        self, store: Store, sequence: TokenSequence, tokenizer: Tokenizer, chat_template: str | None, plan: MemoryPlan
+    ) -> None:
+        self.store = store
+        self.sequence = sequence
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.memory_plan = plan
+        self.last_report: GenerationReport | None = None
+
+    @classmethod
+    def load(cls, model: str | ModelRequest, options: LoadOptions | None = None) -> Engine:
+        """Find or make the model's store and read it into memory.
+
+        model: a path, an alias or a repository id; a ModelRequest for more say. Raises a HybridError that says what to
+        do; BudgetError before any weight is read when the memory would not do.
+        """
+        options = options or LoadOptions()
+        request = ModelRequest(model) if isinstance(model, str) else model
+        found = find_model(request, options.cache_dir or default_cache_dir(), options.progress)
+        config = found.config
+        predictor_mode = choose_predictor_mode(config, options.predictor)
+        num_positions = choose_num_positions(config, options.num_positions)
+        kv_dtype = options.kv_dtype or ("f32" if found.weights.kind == "f32" else "f16")
+        needs = MemoryNeeds(
+            weights_bytes=found.num_bytes,
+            num_positions=num_positions,
+            kv_dtype=kv_dtype,
+            scores=options.scores,
+            largest_converted_bytes=found.largest_converted_bytes,
+        )
+        plan = plan_memory(config, needs, current_rss_bytes())
+        require_memory(plan, options.ram_bytes, available_ram_bytes())
+        if num_positions > max(config.max_position_embeddings, LEAST_DEFAULT_POSITIONS):
+            options.say(f"--ctx {num_positions}: the model was made for {config.max_position_embeddings} tokens")
+        store = found.open(options.progress, options.say)
+        tokenizer, chat_template = load_store_tokenizer(store)
+        decoder = Decoder(config, load_weights(store), predictor_mode)
+        sequence = TokenSequence(decoder, KvCache(config, num_positions, kv_dtype))
+        return cls(store, sequence, tokenizer, chat_template, plan)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's description."""
+        return self.store.manifest.config
+
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, parse_special: bool = False
+    ) -> Generator[str, None, None]:
+        """Continue a text, or token ids. Yields text as soon as it is certain: whole characters, no stop string.
+
+        parse_special: whether control tokens written in the text count as such. `last_report` is set when the iteration
+        ends or is left.
+        """
+        ids = self.encode(prompt, parse_special=parse_special) if isinstance(prompt, str) else list(prompt)
+        return self._answer(ids, params or SamplingParams())
+
+    def chat(
+        self, messages: Sequence[Message | Mapping[str, object]], params: SamplingParams | None = None
+    ) -> Generator[str, None, None]:
+        """Answer a conversation with the model's own template. What an earlier turn computed is not computed again."""
+        return self._answer(self.encode_chat(messages), params or SamplingParams())
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Token ids of a prompt; an empty one is the beginning-of-sequence token alone."""
+        self._refuse_endless(text)
+        ids = self.tokenizer.encode(text, parse_special=parse_special)
+        if not ids and self.tokenizer.bos_id is not None:
+            return [self.tokenizer.bos_id]
+        return ids
+
+    def encode_chat(self, messages: Sequence[Message | Mapping[str, object]]) -> list[int]:
+        """Token ids of a conversation. Raises TemplateError without a template, or when it refuses the messages."""
+        if self.chat_template is None:
+            raise TemplateError(f"{self.store.manifest.model} has no chat template; use it to continue a text instead")
+        text = render_chat(
+            self.chat_template,
+            messages,
+            bos_token=self._token_text(self.tokenizer.bos_id),
+            eos_token=self._token_text(self.tokenizer.eos_id),
+        )
+        self._refuse_endless(text)
+        return self.tokenizer.encode(text, add_special=False, parse_special=True)
+
+    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        """tokens: one whole sequence -> float32 [T, V]: what the model expects after each. Starts the context anew."""
+        return torch.cat(list(self.logit_batches(tokens)))
+
+    def logit_batches(self, tokens: Sequence[int]) -> Iterator[torch.Tensor]:
+        """The same as `logits`, in batches of rows, because all of them take more memory than many models."""
+        return self.sequence.score(check_prompt(tokens, self.sequence))
+
+    def _refuse_endless(self, text: str) -> None:
+        """Raise ContextOverflow for a text whose beginning alone fills the context, without cutting all of it."""
+        num_positions = self.sequence.cache.num_positions
+        beginning = text[: (num_positions + TOKENS_AT_A_CUT) * MANY_CHARS_PER_TOKEN]
+        if len(beginning) < len(text):
+            num_tokens = len(self.tokenizer.encode(beginning, parse_special=True))
+            if num_tokens > num_positions + TOKENS_AT_A_CUT:
+                raise ContextOverflow(
+                    f"the prompt's first {len(beginning)} of {len(text)} characters are {num_tokens} tokens already, "
+                    f"the context holds {num_positions}; shorten it or give a larger --ctx"
+                )
+
+    def _answer(self, ids: Sequence[int], params: SamplingParams) -> Generator[str, None, None]:
+        end_ids = self.tokenizer.end_ids | set(self.config.eos_token_ids)
+        generation = Generation(self.sequence, ids, params, end_ids, self.tokenizer.vocab_size)
+        return self._pieces(generation, ids, StopMatcher(params.stop))
+
+    def _pieces(
+        self, generation: Generation, prompt: Sequence[int], matcher: StopMatcher
+    ) -> Generator[str, None, None]:
+        stream = self.tokenizer.stream(after=prompt)
+        tokens = generation.__iter__()
+        try:
+            for token in tokens:
+                piece = matcher.push(stream.push(token))
+                if piece:
+                    yield piece
+                if matcher.stopped:
+                    generation.stop()
+                    return
+            rest = matcher.push(stream.flush()) + matcher.flush()
+            if rest:
+                yield rest
+        finally:
+            tokens.close()
+            self.last_report = generation.report
+
+    def _token_text(self, token_id: int | None) -> str:
+        return "" if token_id is None else self.tokenizer.token_of(token_id) or ""
+
+
+def choose_num_positions(config: ModelConfig, wanted: int | None) -> int:
+    """The context's size in tokens; None asks for the model's. Raise UsageError for one that it cannot have."""
+    trained = config.max_position_embeddings
+    if wanted is not None:
+        if wanted < 1:
+            raise UsageError(f"--ctx {wanted}: expected at least 1 token")
+        if config.learned_position_offset is not None and wanted > trained:
+            raise UsageError(f"--ctx {wanted}: the model has learned positions for only {trained} tokens")
+        return wanted
+    if config.learned_position_offset is not None:
+        return min(trained, MOST_DEFAULT_POSITIONS)
+    return min(max(trained, LEAST_DEFAULT_POSITIONS), MOST_DEFAULT_POSITIONS)

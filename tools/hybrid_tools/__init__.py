@@ -1,0 +1,1 @@
+"""Offline programs, one a file: each parses, calls the engine, prints and draws."""
