@@ -55,14 +55,10 @@ def _fit_q4(groups: np.ndarray, levels: np.ndarray, refinements: int, scales: np
         first = tile_idx * LANES
         count = min(LANES, num_groups - first)
         tile = np.zeros((group, LANES), np.float32)
-        extreme = np.zeros(LANES, np.float32)
         for lane in range(count):
             for column in range(group):
                 tile[column, lane] = groups[first + lane, column]
-        for column in range(group):
-            for lane in range(LANES):
-                weight = tile[column, lane]
-                extreme[lane] = weight if abs(weight) > abs(extreme[lane]) else extreme[lane]
+        extreme = _extremes(tile)
         scale, inverse = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
         projection, energy = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
         best_scale, best_gain = np.zeros(LANES, np.float32), np.full(LANES, np.float32(-1.0))
@@ -70,11 +66,7 @@ def _fit_q4(groups: np.ndarray, levels: np.ndarray, refinements: int, scales: np
             for lane in range(LANES):
                 scale[lane] = extreme[lane] / level
             for _ in range(refinements + 1):
-                for lane in range(LANES):
-                    inverse[lane] = np.float32(1.0) / scale[lane] if scale[lane] != 0.0 else np.float32(0.0)
-                _project(tile, inverse, projection, energy)
-                for lane in range(LANES):
-                    scale[lane] = projection[lane] / energy[lane] if energy[lane] > 0.0 else np.float32(0.0)
+                _refine(tile, scale, inverse, projection, energy)
             for lane in range(LANES):
                 gain = projection[lane] * scale[lane]  # the squared error is <w, w> - gain
                 if gain > best_gain[lane]:
@@ -84,9 +76,24 @@ def _fit_q4(groups: np.ndarray, levels: np.ndarray, refinements: int, scales: np
             scales[first + lane] = extreme[lane] / np.float32(8.0) if overflows else best_scale[lane]
 
 
+@numba.njit(cache=True, error_model="numpy", inline="always")
+def _extremes(tile: np.ndarray) -> np.ndarray:
+    """tile: [G, LANES] -> [LANES], each group's weight of the largest magnitude, the first of equals."""
+    extreme = np.zeros(LANES, np.float32)
+    for column in range(tile.shape[0]):
+        for lane in range(LANES):
+            weight = tile[column, lane]
+            extreme[lane] = weight if abs(weight) > abs(extreme[lane]) else extreme[lane]
+    return extreme
+
+
 @numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", inline="always")
-def _project(tile: np.ndarray, inverse: np.ndarray, projection: np.ndarray, energy: np.ndarray) -> None:
-    """Write <w, q> and <q, q> of tile's [G, LANES] weights w and their levels q; inverse: 1 / scale of each lane."""
+def _refine(
+    tile: np.ndarray, scale: np.ndarray, inverse: np.ndarray, projection: np.ndarray, energy: np.ndarray
+) -> None:
+    """Round tile's [G, LANES] weights w to levels q, and replace each lane's scale by <w, q> / <q, q>."""
+    for lane in range(LANES):
+        inverse[lane] = np.float32(1.0) / scale[lane] if scale[lane] != 0.0 else np.float32(0.0)
     projection[:] = 0.0
     energy[:] = 0.0
     for column in range(0, tile.shape[0], 2):  # two, so that the sums are loaded and stored half as often
@@ -96,6 +103,8 @@ def _project(tile: np.ndarray, inverse: np.ndarray, projection: np.ndarray, ener
             second_level = _nearest(second * inverse[lane], np.float32(-8.0), np.float32(7.0))
             projection[lane] += first * first_level + second * second_level
             energy[lane] += first_level * first_level + second_level * second_level
+    for lane in range(LANES):
+        scale[lane] = projection[lane] / energy[lane] if energy[lane] > 0.0 else np.float32(0.0)
 
 
 @numba.njit(parallel=True, cache=True, fastmath={"nnan", "nsz", "reassoc"}, error_model="numpy")

@@ -48,6 +48,8 @@ def write_rows(levels: torch.Tensor, scales: torch.Tensor, row_format: RowFormat
 
 def dequantize_rows(rows: torch.Tensor, columns: int, row_format: RowFormat) -> torch.Tensor:
     """rows: uint8 [N, row_bytes], the last dimension contiguous -> float32 [N, columns] (a view of f32 rows)."""
+    if len(rows) == 0:  # a tier may hold no neuron, and torch does not reinterpret the bytes of empty tensors
+        return torch.empty(0, columns)
     value_bytes = row_format.value_bytes(columns)
     values = rows[:, :value_bytes]
     if row_format.kind == "f32":
@@ -83,7 +85,7 @@ def pack_nibbles(values: torch.Tensor) -> torch.Tensor:
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     """packed: uint8 [..., G / 2] -> int8 [..., G], levels from -8 to 7."""
-    words = packed.view(*packed.shape[:-1], -1, 4).transpose(-1, -2)  # [..., 4 bytes, G / 8 words]
+    words = packed.view(*packed.shape[:-1], packed.shape[-1] // 4, 4).transpose(-1, -2)  # [..., 4 bytes, G / 8 words]
     planes = torch.stack((words & 0xF, words >> 4), dim=-2)  # [..., 4, 2, G / 8]
     return planes.reshape(*packed.shape[:-1], packed.shape[-1] * 2).to(torch.int8) - 8
 
