@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,12 @@ class FoundModel:
         if isinstance(self.source, Store):
             return self.source
         say(f"converting {self.source.model} to {self.weights} in {self.source.destination}")
-        return convert(self.source, progress)
+        try:
+            return convert(self.source, progress)
+        except CheckpointError:
+            if not (self.source.destination / MANIFEST).is_file():  # nobody will resume what cannot succeed
+                shutil.rmtree(self.source.destination, ignore_errors=True)
+            raise
 
 
 def find_model(request: ModelRequest, cache_dir: Path, progress: Progress) -> FoundModel:

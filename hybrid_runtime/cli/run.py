@@ -146,16 +146,20 @@ def _refuse_broken_text(name: str, text: str) -> None:
 def _sampling_params(settings: Settings) -> SamplingParams:
     from hybrid_runtime.generation.sampling import SamplingParams  # noqa: PLC0415  # imports torch
 
-    return SamplingParams(
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
-        seed=secrets.randbits(32) if settings.seed is None else settings.seed,
-        max_tokens=settings.max_tokens,
-        stop=settings.stop,
-    )
+    try:
+        return SamplingParams(
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            repetition_penalty=settings.repetition_penalty,
+            seed=secrets.randbits(32) if settings.seed is None else settings.seed,
+            max_tokens=settings.max_tokens,
+            stop=settings.stop,
+        )
+    except UsageError as error:
+        field = str(error).partition(":")[0].partition("[")[0]  # such as top_k
+        raise UsageError(str(error).replace(field, "--" + field.replace("_", "-"))) from error
 
 
 def _load(settings: Settings) -> Engine:
@@ -166,7 +170,7 @@ def _load(settings: Settings) -> Engine:
     if settings.model is None:
         say(DEMO_NOTICE)
     request = ModelRequest(
-        settings.model or DEMO_NAME,
+        DEMO_NAME if settings.model is None else settings.model,
         settings.quant,
         settings.group,
         settings.ffn_activation,

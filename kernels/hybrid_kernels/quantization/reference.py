@@ -42,7 +42,8 @@ def write_rows(levels: torch.Tensor, scales: torch.Tensor, row_format: RowFormat
     value_bytes = row_format.value_bytes(columns)
     rows[:, :value_bytes] = packed.reshape(num_rows, value_bytes)
     end = value_bytes + row_format.scale_bytes(columns)
-    rows[:, value_bytes:end] = scales.contiguous().view(torch.uint8).reshape(num_rows, end - value_bytes)
+    scales = scales.clone(memory_format=torch.contiguous_format)  # contiguous() leaves the strides of a single scale
+    rows[:, value_bytes:end] = scales.view(torch.uint8).view(num_rows, end - value_bytes)
     return rows
 
 
