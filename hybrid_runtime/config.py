@@ -5,12 +5,13 @@ Field names are config.json's where it has one. The description is complete: not
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Literal, get_args
 
 from hybrid_kernels.activation import Activation
 from hybrid_kernels.routing.reference import ROUTER_SCORES, RouterScore
 from hybrid_runtime.errors import CheckpointError
+from hybrid_runtime.typed_json import from_json
 
 RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope", "factors"]
 NormKind = Literal["rms", "layer"]
@@ -125,13 +126,8 @@ class ModelConfig:
 
     @staticmethod
     def from_json(values: object) -> ModelConfig:
-        """Raise CheckpointError for unknown or missing fields, so that an unknown version cannot be misread."""
-        known = _checked_fields(values, ModelConfig)
-        known["activation"] = Activation(**_checked_fields(known["activation"], Activation))  # type: ignore[arg-type]  # checks itself
-        if known.get("rope") is not None:
-            rope = _checked_fields(known["rope"], RopeConfig)
-            known["rope"] = RopeConfig(**{name: _tuple(value) for name, value in rope.items()})  # type: ignore[arg-type]
-        return ModelConfig(**{name: _tuple(value) for name, value in known.items()})  # type: ignore[arg-type]
+        """Raise ValueError for a field that is missing, unknown or of another type, CheckpointError for bad numbers."""
+        return from_json(ModelConfig, values, "config")
 
 
 _COUNTS = (
@@ -144,15 +140,3 @@ _COUNTS = (
     "head_dim",
     "max_position_embeddings",
 )
-
-
-def _checked_fields(values: object, kind: type) -> dict[str, object]:
-    names = {each.name for each in fields(kind)}
-    if not isinstance(values, dict) or set(values) != names:
-        found = sorted(set(values) ^ names) if isinstance(values, dict) else values
-        raise CheckpointError(f"{kind.__name__} fields do not match this version: {found}")
-    return dict(values)
-
-
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value

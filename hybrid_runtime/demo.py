@@ -45,7 +45,7 @@ def make_demo(folder: Path) -> Path:
             _write_weights(temporary)
             _write_tokenizer(temporary)
             (temporary / "config.json").write_text(json.dumps(_config(), indent=1))
-            with contextlib.suppress(FileExistsError):  # somebody else was faster, and wrote the same
+            with contextlib.suppress(OSError):  # not empty: somebody else was faster, and wrote the same
                 temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

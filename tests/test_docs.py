@@ -30,7 +30,9 @@ def command_lines():
 
 def check_options(line: str) -> None:
     """Raise click.UsageError for a program, subcommand or option that does not exist."""
-    program, *words = shlex.split(line.split("  #")[0].split(" | ")[0].replace("\\|", "|"), comments=True)
+    program, *words = shlex.split(
+        line.split("  #", maxsplit=1)[0].split(" | ", maxsplit=1)[0].replace("\\|", "|"), comments=True
+    )
     command = programs()[program]
     context = click.Context(command, info_name=program)
     if isinstance(command, click.Group):

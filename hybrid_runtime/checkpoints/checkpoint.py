@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,19 +71,24 @@ class Checkpoint:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows [start, stop) in the file's dtype (block-quantised types: float32), finite, in Hugging Face's order."""
-        info = self.tensors[name]
-        heads = self.interleaved_heads.get(name)
-        if heads is None:
-            return read_rows(info, start, stop)
-        return half_split_rows(read_rows(info), heads)[start:stop]
+        return self._in_order(name, start, self.tensors[name].shape[0] if stop is None else stop, read_rows)
 
     def read_raw(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) as the file's bytes, uint8 [rows, bytes], in Hugging Face's order."""
+        return self._in_order(name, start, stop, read_raw_rows)
+
+    def _in_order(
+        self, name: str, start: int, stop: int, read: Callable[[TensorInfo, int, int], torch.Tensor]
+    ) -> torch.Tensor:
+        """Rows [start, stop), of interleaved projections by way of the whole heads that hold them."""
         info = self.tensors[name]
-        heads = self.interleaved_heads.get(name)
-        if heads is None:
-            return read_raw_rows(info, start, stop)
-        return half_split_rows(read_raw_rows(info, 0, info.shape[0]), heads)[start:stop]
+        if name not in self.interleaved_heads:
+            return read(info, start, stop)
+        head_dim = info.shape[0] // self.interleaved_heads[name]
+        first_head, end_head = start // head_dim, -(-stop // head_dim)
+        rows = read(info, first_head * head_dim, end_head * head_dim)
+        ordered = half_split_rows(rows, end_head - first_head)
+        return ordered[start - first_head * head_dim : stop - first_head * head_dim]
 
     def num_parameters(self) -> int:
         """Weights in the whole checkpoint, predictors included."""

@@ -18,6 +18,7 @@ FORMAT_VERSION = 1
 MANIFEST = "store.json"
 DATA_PREFIX = "data-"
 LARGEST_MANIFEST_BYTES = 64 << 20
+OUTER_PARTS = 2  # embed.bin and head.bin, beside one part a layer
 
 _KEYS = frozenset({"format", "version", "model", "config", "quant", "group", "ranks", "data", "sha256", "source"})
 
@@ -77,8 +78,7 @@ def read_manifest(folder: Path) -> Manifest:
     if path.stat().st_size > LARGEST_MANIFEST_BYTES:
         raise StoreError(f"{path}: is {path.stat().st_size} bytes, expected at most {LARGEST_MANIFEST_BYTES}")
     try:
-        values = parse_json_object(path.read_bytes(), str(path))
-        return _checked(values, path)
+        return _checked(parse_json_object(path.read_bytes(), str(path), StoreError), path)
     except (CheckpointError, ValueError, TypeError) as error:
         raise StoreError(f"{path}: {error}; convert the model again") from error
 
@@ -86,10 +86,9 @@ def read_manifest(folder: Path) -> Manifest:
 def _checked(values: dict[str, object], path: Path) -> Manifest:
     if values.get("format") != FORMAT_NAME:
         raise StoreError(f"{path}: format is {values.get('format')!r}, expected {FORMAT_NAME!r}")
-    if values.get("version") != FORMAT_VERSION:
-        raise StoreError(
-            f"{path}: format version {values.get('version')!r}, this program reads {FORMAT_VERSION}; convert it again"
-        )
+    version = values.get("version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise StoreError(f"{path}: format version {version!r}, this program reads {FORMAT_VERSION}; convert it again")
     if set(values) != _KEYS:
         raise StoreError(f"{path}: fields {sorted(set(values) ^ _KEYS)} do not belong to version {FORMAT_VERSION}")
     ranks, digests, data = values["ranks"], values["sha256"], values["data"]
@@ -100,9 +99,15 @@ def _checked(values: dict[str, object], path: Path) -> Manifest:
     if not isinstance(data, str) or not re.fullmatch(DATA_PREFIX + r"[0-9a-f]{16}", data):
         raise StoreError(f"{path}: data is {data!r}, expected {DATA_PREFIX}<16 hex digits>")
     quant, group = values["quant"], values["group"]
+    config = ModelConfig.from_json(values["config"])
+    if len(digests) != config.num_hidden_layers + OUTER_PARTS:  # before a part is laid out for each layer
+        raise StoreError(
+            f"{path}: sha256 names {len(digests)} parts, num_hidden_layers {config.num_hidden_layers} "
+            f"means {config.num_hidden_layers + OUTER_PARTS}; convert the model again"
+        )
     return Manifest(
         model=str(values["model"]),
-        config=ModelConfig.from_json(values["config"]),
+        config=config,
         quantization=Quantization(RowFormat(quant, group)),  # type: ignore[arg-type]  # RowFormat checks itself
         predictor_ranks=ranks,
         data=data,
