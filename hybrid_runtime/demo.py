@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
 DEMO_NAME = "random-demo"
+DEMO_VERSION = 1  # another demo goes into another folder
 DEMO_NOTICE = (
     "no --model given: running random-demo, a tiny model with RANDOM weights; its text means nothing. "
     "Try --model path/to/model.gguf, or a name from models.md"
@@ -45,6 +47,9 @@ def make_demo(folder: Path) -> Path:
             _write_weights(temporary)
             _write_tokenizer(temporary)
             (temporary / "config.json").write_text(json.dumps(_config(), indent=1))
+            for path in temporary.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
             with contextlib.suppress(OSError):  # not empty: somebody else was faster, and wrote the same
                 temporary.rename(folder)
         finally:

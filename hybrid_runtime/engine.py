@@ -35,6 +35,7 @@ from hybrid_runtime.stores import ModelRequest, find_model, load_store_tokenizer
 from hybrid_runtime.text.chat import Message, render_chat
 from hybrid_runtime.text.tokenizer import Tokenizer
 
+MOST_POSITIONS = 1 << 24
 MOST_DEFAULT_POSITIONS = 4096
 LEAST_DEFAULT_POSITIONS = 512  # some converters write a context of 128 whatever the model was trained with
 MANY_CHARS_PER_TOKEN = 16  # prose has four
@@ -209,8 +210,8 @@ def choose_num_positions(config: ModelConfig, wanted: int | None) -> int:
     """The context's size in tokens; None asks for the model's. Raise UsageError for one that it cannot have."""
     trained = config.max_position_embeddings
     if wanted is not None:
-        if wanted < 1:
-            raise UsageError(f"--ctx {wanted}: expected at least 1 token")
+        if not 1 <= wanted <= MOST_POSITIONS:
+            raise UsageError(f"--ctx {wanted}: expected 1 to {MOST_POSITIONS} tokens")
         if config.learned_position_offset is not None and wanted > trained:
             raise UsageError(f"--ctx {wanted}: the model has learned positions for only {trained} tokens")
         return wanted

@@ -154,6 +154,8 @@ class TerminalProgress:
 def console_progress(stream: TextIO | None = None) -> Progress:
     """The progress display that suits `stream`, which is stderr unless told."""
     stream = sys.stderr if stream is None else stream
+    if stream is None:  # closed by the caller (2>&-)
+        return NoProgress()
     return TerminalProgress(stream) if stream.isatty() else PlainProgress(stream)
 
 

@@ -6,30 +6,29 @@ converted into the cache, where the next run finds it.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybrid_kernels.quantization.row_format import GROUP_SIZES, RowFormat
+from hybrid_kernels.quantization.row_format import GROUP_SIZES, ROW_KINDS, RowFormat, RowKind
 from hybrid_runtime.checkpoints.checkpoint import Checkpoint
 from hybrid_runtime.checkpoints.open import open_checkpoint
 from hybrid_runtime.config import ModelConfig
-from hybrid_runtime.demo import DEMO_NAME, make_demo
-from hybrid_runtime.errors import CheckpointError, StoreError, TokenizerError, UsageError
-from hybrid_runtime.progress import Progress
-from hybrid_runtime.store.convert import Conversion, convert, data_name
+from hybrid_runtime.demo import DEMO_NAME, DEMO_VERSION, make_demo
+from hybrid_runtime.errors import CheckpointError, TokenizerError, UsageError
+from hybrid_runtime.progress import NoProgress, Progress
+from hybrid_runtime.store.convert import Conversion, convert, data_name, finished_store
 from hybrid_runtime.store.layout import Quantization
-from hybrid_runtime.store.manifest import MANIFEST, is_store
+from hybrid_runtime.store.manifest import is_store
 from hybrid_runtime.store.reader import Store, open_store
 from hybrid_runtime.text.load import find_chat_template, load_tokenizer, tokenizer_from_gguf
 from hybrid_runtime.text.tokenizer import Tokenizer
 
 DEFAULT_GROUP = 32
+QUICK_BYTES = 64 << 20  # converted before anybody looks for a progress line
 LARGEST_F32_PARAMETERS = 1 << 28  # 1 GiB: below this, exact weights cost nobody anything
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -39,14 +38,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class ModelRequest:
-    """What the user asked for. quant None: f32 for a small model, q4 for a large one.
+    """What the user asked for. quant None: f32 for a small model, q4 for a large one; group None: 32.
 
     revision, offline: of a repository's download; ffn_activation: overrides what config.json says.
     """
 
     name: str
     quant: str | None = None
-    group: int = DEFAULT_GROUP
+    group: int | None = None
     ffn_activation: str | None = None
     revision: str | None = None
     offline: bool = False
@@ -92,12 +91,8 @@ class FoundModel:
         if isinstance(self.source, Store):
             return self.source
         say(f"converting {self.source.model} to {self.weights} in {self.source.destination}")
-        try:
-            return convert(self.source, progress)
-        except CheckpointError:
-            if not (self.source.destination / MANIFEST).is_file():  # nobody will resume what cannot succeed
-                shutil.rmtree(self.source.destination, ignore_errors=True)
-            raise
+        is_quick = self.num_bytes < QUICK_BYTES
+        return convert(self.source, NoProgress() if is_quick else progress, waits=True)
 
 
 def find_model(request: ModelRequest, cache_dir: Path, progress: Progress) -> FoundModel:
@@ -106,19 +101,14 @@ def find_model(request: ModelRequest, cache_dir: Path, progress: Progress) -> Fo
     if path.is_dir() and is_store(path):
         return FoundModel(_open_as_asked(path, request))
     checkpoint, quantization, name = _open_source(path, request)
-    data = data_name(checkpoint, quantization)
-    folder = cache_dir / "stores" / f"{_safe(name)}-{data}"
-    if (folder / MANIFEST).is_file():  # asked before the conversion's lock: many may read one store at a time
-        with contextlib.suppress(StoreError):
-            store = open_store(folder)
-            if store.manifest.data == data:
-                return FoundModel(store)
-    return FoundModel(plan_conversion(checkpoint, folder, quantization, name, needs_tokenizer=True))
+    folder = cache_dir / "stores" / f"{_safe(name)}-{data_name(checkpoint, quantization)}"
+    conversion = plan_conversion(checkpoint, folder, quantization, name, needs_tokenizer=True)
+    return FoundModel(finished_store(conversion) or conversion)
 
 
-def convert_model(request: ModelRequest, folder: Path, progress: Progress) -> Store:
+def convert_model(request: ModelRequest, folder: Path, cache_dir: Path, progress: Progress) -> Store:
     """Convert the model into a folder that the caller names."""
-    path = _locate(request, folder, progress)
+    path = _locate(request, cache_dir, progress)
     if path.is_dir() and is_store(path):
         raise UsageError(f"{path}: is a store already; convert the checkpoint that it was made from")
     checkpoint, quantization, name = _open_source(path, request)
@@ -133,15 +123,26 @@ def _open_source(path: Path, request: ModelRequest) -> tuple[Checkpoint, Quantiz
 
 
 def choose_quantization(request: ModelRequest, checkpoint: Checkpoint) -> Quantization:
-    """The asked one; without one, f32 up to LARGEST_F32_PARAMETERS and q4 above."""
-    if request.group not in GROUP_SIZES:  # also where f32 would not use it: it is a slip of the pen
+    """The asked one; without one, f32 up to LARGEST_F32_PARAMETERS; above, q8 for a file of 8 bits, else q4."""
+    kind = request.quant or _suitable_kind(checkpoint)
+    if kind not in ROW_KINDS:
+        raise UsageError(f"--quant {kind}: expected one of {', '.join(ROW_KINDS)}")
+    if kind not in ("q8", "q4"):
+        if request.group is not None:
+            raise UsageError(
+                f"--group {request.group}: {kind} weights share no scales; leave it out, or choose --quant q8 or q4"
+            )
+        return Quantization(RowFormat(kind))
+    if request.group not in (None, *GROUP_SIZES):
         raise UsageError(f"--group {request.group}: expected one of {', '.join(map(str, GROUP_SIZES))}")
-    kind = request.quant or ("f32" if checkpoint.num_parameters() <= LARGEST_F32_PARAMETERS else "q4")
-    try:
-        row_format = RowFormat(kind, request.group if kind in ("q8", "q4") else 0)  # type: ignore[arg-type]  # checks itself
-    except ValueError as error:
-        raise UsageError(f"--quant {kind} --group {request.group}: {error}") from error
-    return Quantization(row_format)
+    return Quantization(RowFormat(kind, request.group or DEFAULT_GROUP))
+
+
+def _suitable_kind(checkpoint: Checkpoint) -> RowKind:
+    if checkpoint.num_parameters() <= LARGEST_F32_PARAMETERS:
+        return "f32"
+    matrices = [info.dtype for info in checkpoint.tensors.values() if len(info.shape) > 1]
+    return "q8" if matrices.count("Q8_0") > len(matrices) // 2 else "q4"
 
 
 def plan_conversion(
@@ -204,7 +205,7 @@ def _locate(request: ModelRequest, cache_dir: Path, progress: Progress) -> Path:
     if path is not None:
         return path
     if is_demo:
-        return make_demo(cache_dir / "demo")
+        return make_demo(cache_dir / f"demo-{DEMO_VERSION}")
     from hybrid_runtime.hub.resolve import resolve_model  # noqa: PLC0415  # huggingface_hub takes 0.3 s to import
 
     return resolve_model(request.name, revision=request.revision, offline=request.offline, progress=progress)
@@ -221,6 +222,8 @@ def _open_as_asked(path: Path, request: ModelRequest) -> Store:
     weights = store.manifest.quantization.weights
     if request.quant is not None and request.quant != weights.kind:
         raise UsageError(f"--quant {request.quant}: {path} is a store in {weights}; convert the original again")
+    if request.group not in (None, weights.group):
+        raise UsageError(f"--group {request.group}: {path} is a store in {weights}; convert the original again")
     if request.ffn_activation is not None:
         raise UsageError(f"--ffn-activation: {path} is a store, its activation was fixed when it was converted")
     return store

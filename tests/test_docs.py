@@ -47,7 +47,7 @@ def check_options(line: str) -> None:
             raise click.UsageError(f"{program} has no option {word}")
 
 
-@pytest.mark.parametrize("line", command_lines())
+@pytest.mark.parametrize("line", list(command_lines()))
 def test_every_documented_command_line_has_only_options_that_exist(line):
     check_options(line)
 

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 
+from hybrid_runtime.checkpoints.element_types import ELEMENT_TYPES
 from hybrid_runtime.checkpoints.tensor_file import TensorInfo, read_raw_rows, read_rows
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import CheckpointError
 from hybrid_runtime.model.weight_specs import WeightSpec, all_weights
 
 MOST_NAMES_SHOWN = 5
+UNWEIGHTY_DTYPES = frozenset(ELEMENT_TYPES) - {"F32", "F16", "BF16", "F64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,13 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         """Raise CheckpointError for weights that are missing, unknown, or of another shape than config says."""
+        config = self.config
+        if config.num_hidden_layers * max(1, config.num_experts) > len(self.tensors):  # before each is looped over
+            raise CheckpointError(
+                f"{self.path}: {len(self.tensors)} tensors cannot be {config.num_hidden_layers} layers"
+                + (f" of {config.num_experts} experts" if config.num_experts else "")
+                + "; the config and the weights are of different models"
+            )
         expected = {spec.name: self._stored_shape(spec) for spec in all_weights(self.config)}
         _refuse_names(self.path, "lacks", expected.keys() - self.tensors.keys())
         _refuse_names(self.path, "has unknown", self.tensors.keys() - expected.keys())
@@ -52,6 +61,12 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{info.path}: tensor {info.name} has shape {list(found)}, config says {list(wanted)}; "
                     "the config and the weights are of different models"
+                )
+            if self.tensors[name].dtype in UNWEIGHTY_DTYPES:
+                info = self.tensors[name]
+                raise CheckpointError(
+                    f"{info.path}: tensor {info.name} is {info.dtype}, expected a float type; a quantised export needs "
+                    "its scales: use the unquantised checkpoint"
                 )
         for ffn, rank in self.predictor_ranks().items():
             columns = self.tensors[f"{ffn}.predictor.fc2"].shape[1]

@@ -14,11 +14,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from hybrid_runtime.checkpoints.checkpoint import Checkpoint, expert_slices
 from hybrid_runtime.checkpoints.gguf_file import GgufFile, open_gguf
 from hybrid_runtime.checkpoints.tensor_file import TensorInfo, read_rows
 from hybrid_runtime.config import ModelConfig, RopeConfig
 from hybrid_runtime.errors import CheckpointError, UnsupportedModel
+from hybrid_runtime.families.activations import refuse_silent_guess
 from hybrid_runtime.families.raw_config import RawConfig
 from hybrid_runtime.families.registry import parse_config
 
@@ -59,11 +62,14 @@ _SCALING_KEYS = (
 )
 
 
-def open_gguf_checkpoint(path: Path, *, ffn_activation: str | None = None) -> Checkpoint:
+def open_gguf_checkpoint(path: Path, *, repo_id: str = "", ffn_activation: str | None = None) -> Checkpoint:
     """Raise CheckpointError (or UnsupportedModel) naming what is broken, missing, unknown or contradictory."""
     file = open_gguf(path)
     raw, architecture = _raw_config(file)
-    config = parse_config(raw, ffn_activation=ffn_activation)
+    if file.magic == "GGUF" and architecture != "bamboo":
+        names = (file.metadata.get("general.name"), file.metadata.get("general.basename"), path.name, repo_id)
+        refuse_silent_guess(str(path), names, ffn_activation)
+    config = parse_config(raw, repo_id=repo_id, ffn_activation=ffn_activation)
     tensors = _by_canonical_name(file)
     config = _settle(config, file, tensors)
     interleaved = dict(_interleaved_heads(config)) if architecture in INTERLEAVED else {}
@@ -202,8 +208,14 @@ def _settle(config: ModelConfig, file: GgufFile, tensors: Mapping[str, TensorInf
         output_bias=output_bias,
         predictor_input="pre_norm" if has_predictor else None,
         predictor_is_part_of_model=False,
-        predictor_threshold=raw.number("powerinfer.sparse_threshold", 0.0),
+        predictor_threshold=_just_below(raw.number("powerinfer.sparse_threshold", 0.0)),
     )
+
+
+def _just_below(threshold: float) -> float:
+    """PowerInfer computes a neuron from its threshold on (>=), our predictor above its own (>)."""
+    below = torch.tensor(threshold, dtype=torch.float32)
+    return torch.nextafter(below, torch.tensor(-math.inf)).item()
 
 
 def _settle_rope(config: ModelConfig, file: GgufFile) -> RopeConfig | None:

@@ -22,4 +22,4 @@ def open_checkpoint(path: Path, *, repo_id: str = "", ffn_activation: str | None
         raise CheckpointError(f"{path}: pickled weights are never loaded; convert them to safetensors elsewhere")
     if path.suffix == ".safetensors":
         raise UsageError(f"{path}: name the folder that holds config.json and the weights, not one of its files")
-    return open_gguf_checkpoint(path, ffn_activation=ffn_activation)
+    return open_gguf_checkpoint(path, repo_id=repo_id, ffn_activation=ffn_activation)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from pathlib import Path
 from typing import cast
@@ -33,7 +35,7 @@ def load_engine(
 ) -> Engine:
     """Load the model as the flags ask, telling the user on stderr what takes long and what cannot be had."""
     num_threads = threads or min(physical_cores(), usable_cores())
-    torch.set_num_threads(num_threads)
+    use_threads(num_threads)
     if vram_bytes > 0:
         _explain_vram(vram_bytes)
     options = LoadOptions(
@@ -51,6 +53,18 @@ def load_engine(
     if verbose:
         _describe(engine, num_threads, time.perf_counter() - started_s)
     return engine
+
+
+def use_threads(num_threads: int) -> None:
+    """Give torch and Numba that many threads; Numba reads the variable when the first compiled kernel loads it.
+
+    Both must agree: Numba's OpenMP layer shares torch's pool and sets its size again.
+    """
+    torch.set_num_threads(num_threads)
+    os.environ["NUMBA_NUM_THREADS"] = str(num_threads)
+    numba = sys.modules.get("numba")
+    if numba is not None:  # a program that calls us twice: the pool cannot grow any more
+        numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
 
 
 def _explain_vram(vram_bytes: int) -> None:

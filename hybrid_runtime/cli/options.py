@@ -14,7 +14,7 @@ from hybrid_runtime.sizes import parse_bytes
 AnyCommand = Callable[..., Any]
 
 
-class Size(click.ParamType[int]):
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in the newest click
     """Bytes as people write them: 8G, 512M, 1.5GiB, 8000000000."""
 
     name = "size"
@@ -37,7 +37,10 @@ def model_options(command: AnyCommand) -> AnyCommand:
             help="Weights of a model that is not converted yet. [default: f32 up to 268 M parameters, else q4]",
         ),
         click.option(
-            "--group", type=int, default=32, show_default=True, help="Weights that share a scale: 32, 64 or 128."
+            "--group",
+            type=int,
+            metavar="N",
+            help="Weights that share a scale, for q8 and q4: 32, 64 or 128. [default: 32]",
         ),
         click.option(
             "--ffn-activation",

@@ -40,6 +40,9 @@ def _run(command: click.Command, name: str, arguments: list[str]) -> int:
             result = command.invoke(context)
     except click.exceptions.Exit as done:  # --help, --version
         return done.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        say(error.format_message())
+        return EXIT_BAD_INPUT
     except click.ClickException as error:
         return _refuse(name, error.format_message())
     except HybridError as error:
@@ -65,17 +68,19 @@ def say(message: str) -> None:
 @contextlib.contextmanager
 def _shown_notes(name: str) -> Iterator[None]:
     """Show what the library logs (a retry, a cached copy used offline) as lines of this program."""
-    logger = logging.getLogger("hybrid_runtime")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"{name}: %(message)s"))
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    loggers = [logging.getLogger(package) for package in ("hybrid_runtime", "hybrid_kernels")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 def _refuse(name: str, message: str) -> int:

@@ -54,7 +54,7 @@ class Settings:
     kv_cache: str | None
     threads: int | None
     quant: str | None
-    group: int
+    group: int | None
     ffn_activation: str | None
     revision: str | None
     offline: bool
@@ -106,6 +106,9 @@ def _run(settings: Settings) -> int:
 
     params = _sampling_params(settings)
     engine = _load(settings)
+    if settings.system is not None and (settings.raw or engine.chat_template is None):
+        why = "--raw leaves out" if settings.raw else f"{engine.store.manifest.model} has no"
+        raise UsageError(f"--system: {why} the chat template that would carry it; leave --system out")
     if prompt == "" and settings.prompt is None:
         say("stdin is empty: beginning from nothing (give --prompt TEXT to begin from a text)")
     if prompt is None:
@@ -159,7 +162,7 @@ def _sampling_params(settings: Settings) -> SamplingParams:
         )
     except UsageError as error:
         field = str(error).partition(":")[0].partition("[")[0]  # such as top_k
-        raise UsageError(str(error).replace(field, "--" + field.replace("_", "-"))) from error
+        raise UsageError(str(error).replace(field, "--" + field.replace("_", "-"), 1)) from error
 
 
 def _load(settings: Settings) -> Engine:

@@ -7,7 +7,8 @@ Sakana's SparseLM. So the table is keyed on (model_type, hidden_act); known repo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import get_args
 
@@ -44,8 +45,20 @@ ACTIVATIONS: Mapping[tuple[str, str], ActivationKind] = MappingProxyType(
     }
 )
 
-REPO_ACTIVATIONS: Mapping[str, ActivationKind] = MappingProxyType({"sparseqwen2-7b": "drelu"})
-"""By the last part of the repository id, lower case: the owner was renamed once (PowerInfer, now Tiiny)."""
+REPO_ACTIVATIONS: Mapping[tuple[str, str, str], Activation] = MappingProxyType(
+    {
+        ("qwen2", "relu", "sparseqwen2-7b"): Activation("drelu"),
+        ("llama", "relu", "minicpm-s-1b-sft-llama-format"): Activation(
+            "fatrelu", 0.03
+        ),  # its config lost the threshold
+    }
+)
+"""By (model_type, hidden_act, last part of the repository id in lower case): the owner PowerInfer is now Tiiny."""
+
+SPARSE_NAMES = re.compile(
+    r"relu-?llama|prosparse|sparse-?qwen|sparse-?lm|minicpm-s\b|turbo-?sparse|bamboo", re.IGNORECASE
+)
+"""Models whose GGUF, if made by llama.cpp, says nothing of their activation."""
 
 _AMBIGUOUS: Mapping[tuple[str, str], str] = MappingProxyType(
     {("qwen2", "relu"): "drelu (SparseQwen2) or relu_glu (stock Qwen2 code)"}
@@ -56,7 +69,10 @@ def find_activation(raw: RawConfig, model_type: str, hidden_act: str, repo_id: s
     """Raise UnsupportedModel when nothing decides, UsageError for an override that does not fit the family."""
     if override is not None:
         return _overridden(override, model_type)
-    kind = REPO_ACTIVATIONS.get(repo_id.rsplit("/", 1)[-1].lower()) or ACTIVATIONS.get((model_type, hidden_act))
+    known_model = REPO_ACTIVATIONS.get((model_type, hidden_act, repo_id.rsplit("/", 1)[-1].lower()))
+    if known_model is not None:
+        return known_model
+    kind = ACTIVATIONS.get((model_type, hidden_act))
     if kind is None:
         meaning = _AMBIGUOUS.get((model_type, hidden_act))
         known = ", ".join(sorted(act for kind_of, act in ACTIVATIONS if kind_of == model_type))
@@ -65,7 +81,7 @@ def find_activation(raw: RawConfig, model_type: str, hidden_act: str, repo_id: s
             + (f"can mean {meaning}" if meaning else f"is not known (known: {known})")
             + "; say which with --ffn-activation"
         )
-    threshold = raw.number("hidden_act_param", 0.0) if kind == "fatrelu" else 0.0
+    threshold = raw.number("hidden_act_param") if kind == "fatrelu" else 0.0
     if threshold < 0:
         raise raw.error("hidden_act_param", threshold, "a number from 0")
     return Activation(kind, threshold)
@@ -78,6 +94,8 @@ def parse_activation(text: str) -> Activation:
         raise UsageError(
             f"--ffn-activation {text!r} is not one of {', '.join(get_args(ActivationKind))} (fatrelu takes :THRESHOLD)"
         )
+    if kind == "fatrelu" and not threshold:
+        raise UsageError("--ffn-activation fatrelu needs its threshold, as in fatrelu:0.01")
     try:
         return Activation(kind, float(threshold) if threshold else 0.0)  # type: ignore[arg-type]  # checked above
     except ValueError as error:
@@ -93,3 +111,15 @@ def _overridden(override: str, model_type: str) -> Activation:
             f"{activation.kind} needs {'one' if activation.is_gated else 'none'}"
         )
     return activation
+
+
+def refuse_silent_guess(file: str, names: Iterable[object], override: str | None) -> None:
+    """Raise UnsupportedModel for a GGUF file whose name is a sparse model's: computing SiLU would be silently wrong."""
+    if override is not None:
+        return
+    for name in names:
+        if isinstance(name, str) and SPARSE_NAMES.search(name):
+            raise UnsupportedModel(
+                f"{file}: {name!r} names a model with a sparse activation, which a GGUF file does not record; "
+                "say it with --ffn-activation (relu_glu, drelu, fatrelu:0.01, ...)"
+            )

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from hybrid_runtime.errors import CheckpointError
 
 LARGEST_COUNT = 1 << 31
+# Counts that are looped over before any tensor bears them out; the largest models have a few hundred of each.
+LOOPED_COUNTS = frozenset({"num_hidden_layers", "num_local_experts", "moe_num_primary_experts"})
+LARGEST_LOOPED_COUNT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +26,13 @@ class RawConfig:
         return self.values.get(key) is not None
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """Raise CheckpointError unless it is a whole number from minimum to 2^31."""
+        """Raise CheckpointError unless it is a whole number from minimum to 2^31 (4096 for layers and experts)."""
+        maximum = LARGEST_LOOPED_COUNT if key in LOOPED_COUNTS else LARGEST_COUNT
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= LARGEST_COUNT:
-            raise self.error(key, value, f"a whole number from {minimum} to {LARGEST_COUNT}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self.error(key, value, f"a whole number from {minimum} to {maximum}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -36,9 +40,10 @@ class RawConfig:
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        number = _finite(value)
+        if number is None:
             raise self.error(key, value, "a finite number")
-        return float(value)
+        return number
 
     def text(self, key: str, default: str | None = None) -> str:
         """Raise CheckpointError unless it is a string."""
@@ -70,11 +75,11 @@ class RawConfig:
     def numbers(self, key: str) -> tuple[float, ...]:
         """Raise CheckpointError unless it is a list of finite numbers."""
         value = self.values.get(key)
-        if not isinstance(value, list | tuple) or not all(
-            isinstance(each, int | float) and not isinstance(each, bool) and math.isfinite(each) for each in value
-        ):
+        numbers = [_finite(each) for each in value] if isinstance(value, list | tuple) else [None]
+        found = tuple(number for number in numbers if number is not None)
+        if len(found) != len(numbers):
             raise self.error(key, value, "a list of finite numbers")
-        return tuple(float(each) for each in value)
+        return found
 
     def flags(self, key: str, length: int) -> tuple[bool, ...] | None:
         """A list of 0 and 1 (or false and true), one a layer; None when the key is absent."""
@@ -107,3 +112,14 @@ class RawConfig:
         shown = repr(found)
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         return CheckpointError(f"{self.file}: {key} is {shown}, expected {expected}")
+
+
+def _finite(value: object) -> float | None:
+    """The number as a float, or None; a whole number of 400 digits is none that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None

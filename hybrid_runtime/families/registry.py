@@ -39,6 +39,8 @@ def parse_config(raw: RawConfig, *, repo_id: str = "", ffn_activation: str | Non
         if config.rope is not None:  # the one setting whose numbers meet head_dim only in arithmetic
             for num_positions in (1, config.rope.original_max_position_embeddings + 1):
                 rope_frequencies(config.rope, config.head_dim, num_positions)
+    except ArithmeticError as error:
+        raise CheckpointError(f"{raw.file}: the rotary positions' numbers cannot be computed with: {error}") from error
     except CheckpointError as error:
         if str(error).startswith(raw.file):
             raise

@@ -21,7 +21,8 @@ from hybrid_runtime.model.weights import DecoderLayer, DecoderWeights, FeedForwa
 
 PredictorMode = Literal["mask", "off", "gate"]
 """mask: neurons that the checkpoint's predictor rules out are not computed (TurboSparse's own definition).
-off: every neuron is computed. gate: every gate is, and the rest of a neuron only where its gate fires (exact)."""
+off: no predictor, every neuron counts. gate: the same, and every gate is computed before the rest of its neuron, which
+is spared where the gate does not fire (exact; the compiled kernels spare it in the other modes too)."""
 PREDICTOR_MODES: tuple[PredictorMode, ...] = get_args(PredictorMode)
 Rotation = tuple[torch.Tensor, float]
 """Inverse frequencies [D / 2] and magnitude of the rotary positions."""

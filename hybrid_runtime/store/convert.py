@@ -73,28 +73,36 @@ def data_name(checkpoint: Checkpoint, quantization: Quantization) -> str:
     return DATA_PREFIX + hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def convert(conversion: Conversion, progress: Progress | None = None) -> Store:
-    """Write the store, resuming what an earlier run finished. Raise before any work when the disk will not hold it."""
+def finished_store(conversion: Conversion) -> Store | None:
+    """The store that this conversion would make, where it is there already and whole."""
+    return open_store(conversion.destination) if _is_done(conversion) else None
+
+
+def convert(conversion: Conversion, progress: Progress | None = None, *, waits: bool = False) -> Store:
+    """Write the store, resuming what an earlier run finished. Raise before any work when the disk will not hold it.
+
+    waits: whether to wait for another process that is writing the same folder, or to refuse.
+    """
     destination = conversion.destination
     try:
         _refuse_foreign_folder(destination)
         if not _is_done(conversion):
-            _write_store_alone(conversion, progress or NoProgress())
+            _write_store_alone(conversion, progress or NoProgress(), waits=waits)
     except filelock.Timeout as error:
         raise UsageError(
-            f"{destination}: another conversion is writing here; wait for it or choose another -o"
+            f"{destination}: another conversion is writing here; wait for it, or choose another folder"
         ) from error
     except OSError as error:
         raise _cannot_write(destination, error) from error
     return open_store(destination)
 
 
-def _write_store_alone(conversion: Conversion, progress: Progress) -> None:
+def _write_store_alone(conversion: Conversion, progress: Progress, *, waits: bool) -> None:
     destination = conversion.destination
     if not destination.exists():
         _refuse_small_disk(conversion)  # a refusal leaves not even the folder
         destination.mkdir(parents=True)
-    with filelock.FileLock(destination / LOCK, timeout=0):
+    with filelock.FileLock(destination / LOCK, timeout=-1 if waits else 0):
         if not _is_done(conversion):  # another process may have done it since
             _refuse_small_disk(conversion)
             _write_store(conversion, progress)
@@ -313,7 +321,7 @@ def _refuse_small_disk(conversion: Conversion) -> None:
     if missing_bytes + SPARE_BYTES > free:
         raise BudgetError(
             f"{conversion.destination}: the store needs {format_bytes(missing_bytes + SPARE_BYTES)} more, the disk has "
-            f"{format_bytes(free)} free; free some, choose another disk with -o, or a smaller --quant"
+            f"{format_bytes(free)} free; free some, choose a folder on another disk, or a smaller --quant"
         )
 
 
@@ -326,7 +334,7 @@ def _cannot_write(destination: Path, error: OSError) -> HybridError:
     what = f"{error.filename or destination}: cannot be written: {error.strerror or error}"
     if error.errno in _DISK_IS_FULL:
         return BudgetError(f"{what}; free some disk and run it again, it goes on where it was")
-    return UsageError(f"{what}; choose another folder with -o")
+    return UsageError(f"{what}; choose another folder")
 
 
 def _sync_file(path: Path) -> None:

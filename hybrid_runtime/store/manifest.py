@@ -105,7 +105,7 @@ def _checked(values: dict[str, object], path: Path) -> Manifest:
             f"{path}: sha256 names {len(digests)} parts, num_hidden_layers {config.num_hidden_layers} "
             f"means {config.num_hidden_layers + OUTER_PARTS}; convert the model again"
         )
-    return Manifest(
+    manifest = Manifest(
         model=str(values["model"]),
         config=config,
         quantization=Quantization(RowFormat(quant, group)),  # type: ignore[arg-type]  # RowFormat checks itself
@@ -114,3 +114,6 @@ def _checked(values: dict[str, object], path: Path) -> Manifest:
         sha256=digests,
         source=str(values["source"]),
     )
+    if {part.file for part in manifest.parts} != set(digests):
+        raise StoreError(f"{path}: sha256 names other files than the parts; convert the model again")
+    return manifest

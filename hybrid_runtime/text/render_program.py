@@ -7,6 +7,7 @@ and an alarm ends the process if a render outlives both its time limit and the p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import signal
@@ -70,7 +71,8 @@ def _limit_process(memory_limit_bytes: int) -> None:
     ):
         _, hard = resource.getrlimit(kind)
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(kind, (limit, limit))
+        with contextlib.suppress(ValueError, OSError):  # macOS has no limit on the address space
+            resource.setrlimit(kind, (limit, limit))
 
 
 def _reply(job: Mapping[str, object], output_limit_bytes: int) -> Mapping[str, str]:

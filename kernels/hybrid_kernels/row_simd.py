@@ -25,7 +25,6 @@ from numba.extending import intrinsic
 from hybrid_kernels.quantization.row_format import RowFormat
 
 LANES = 8
-ROWS_PER_PASS = 4  # of row_axpy4: loads and stores of y are shared by as many rows as registers allow
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()

@@ -9,7 +9,7 @@ from hybrid_kernels.activation import ACTIVATION_KINDS, Activation
 from hybrid_kernels.linear import cpu as linear_cpu
 from hybrid_kernels.packed_matrix import Bundles
 from hybrid_kernels.quantization.row_format import GROUP_SIZES, RowFormat
-from hybrid_kernels.sparse_ffn import cpu, reference
+from hybrid_kernels.sparse_ffn import cpu, op, reference
 from hybrid_kernels.sparse_ffn.op import sparse_ffn
 
 F32 = RowFormat("f32")
@@ -40,6 +40,7 @@ def take_path(monkeypatch):
         for name, value in PATHS[path].items():
             monkeypatch.setattr(cpu, name, value)
         monkeypatch.setattr(linear_cpu, "SMALLEST_COMPILED", PATHS[path]["SMALLEST_COMPILED"])
+        monkeypatch.setattr(op, "SMALLEST_COMPILED", 0)  # every path is the twin's
 
     return take
 

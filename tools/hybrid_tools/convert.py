@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
 from hybrid_runtime import __version__
-from hybrid_runtime.cli.options import model_options
+from hybrid_runtime.cli.options import cache_dir_option, model_options
 from hybrid_runtime.cli.program import run_program, say
-from hybrid_runtime.errors import StoreError, UsageError
+from hybrid_runtime.errors import StoreError
 
 if TYPE_CHECKING:  # the reader imports torch, and --help need not wait for it
     from hybrid_runtime.store.reader import Store
@@ -32,28 +31,30 @@ if TYPE_CHECKING:  # the reader imports torch, and --help need not wait for it
     "--output", "-o", "folder", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The store."
 )
 @model_options
+@cache_dir_option
 @click.option("--verify", is_flag=True, help="Read the finished store once more and check every part's sha256.")
 @click.version_option(__version__, prog_name="hybrid-convert")
 def command(
     model: str,
     folder: Path,
     quant: str | None,
-    group: int,
+    group: int | None,
     ffn_activation: str | None,
     revision: str | None,
+    cache_dir: Path | None,
     *,
     offline: bool,
     verify: bool,
 ) -> int:
     """Parse, convert, print where the store is and how it went."""
-    _refuse_group_without_scales(quant, group)
-    from hybrid_runtime.progress import console_progress  # noqa: PLC0415  # the engine imports torch
+    from hybrid_runtime.engine import default_cache_dir  # noqa: PLC0415  # the engine imports torch
+    from hybrid_runtime.progress import console_progress  # noqa: PLC0415
     from hybrid_runtime.sizes import format_bytes  # noqa: PLC0415
     from hybrid_runtime.stores import ModelRequest, convert_model  # noqa: PLC0415
 
     started_s = time.perf_counter()
     request = ModelRequest(model, quant, group, ffn_activation, revision, offline)
-    store = convert_model(request, folder, console_progress())
+    store = convert_model(request, folder, cache_dir or default_cache_dir(), console_progress())
     if verify:
         _verify(store)
     seconds = time.perf_counter() - started_s
@@ -61,12 +62,6 @@ def command(
     say(f"{model}: {format_bytes(store.num_bytes)} in {weights}, {seconds:.1f} s{', verified' if verify else ''}")
     click.echo(str(folder))
     return 0
-
-
-def _refuse_group_without_scales(quant: str | None, group: int) -> None:
-    is_given = click.get_current_context().get_parameter_source("group") is ParameterSource.COMMANDLINE
-    if quant in ("f32", "bf16") and is_given:
-        raise UsageError(f"--group {group}: {quant} weights share no scales; leave it out, or choose --quant q8 or q4")
 
 
 def _verify(store: Store) -> None:

@@ -58,7 +58,7 @@ def perplexity(
     threads: int | None,
     cache_dir: Path | None,
     quant: str | None,
-    group: int,
+    group: int | None,
     ffn_activation: str | None,
     revision: str | None,
     *,

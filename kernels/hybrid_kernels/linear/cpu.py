@@ -10,14 +10,15 @@ import numba
 import numpy as np
 import torch
 
+from hybrid_kernels.compiled import compiled
 from hybrid_kernels.linear import reference
+from hybrid_kernels.linear.op import SMALLEST_COMPILED
 from hybrid_kernels.packed_matrix import PackedMatrix
 from hybrid_kernels.row_simd import format_code, num_groups, row_dot, row_unpack, vector_columns
 
 MOST_DOTS = 32  # tokens: above, unpacking a block once and multiplying it in torch is faster
 ROWS_PER_TASK = 64
 BLOCK_WEIGHTS = 1 << 22  # 16 MiB of float32: torch multiplies smaller blocks slowly
-SMALLEST_COMPILED = 1 << 18  # weights: below, torch is done before compiled code is loaded
 
 
 def linear(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -75,7 +76,7 @@ def _blocks(x: torch.Tensor, weight: PackedMatrix, output: torch.Tensor) -> None
         torch.mm(x, block[:, : weight.columns].T, out=output[:, start:stop])
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled(parallel=True)
 def _dot_kernel(
     code: int, rows: int, stride: int, value_bytes: int, groups: int, x: np.ndarray, output: np.ndarray
 ) -> None:
@@ -88,7 +89,7 @@ def _dot_kernel(
                 output[token, row_idx] = row_dot(code, row, row + value_bytes, x[token].ctypes.data, groups)
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled(parallel=True)
 def _unpack_kernel(code: int, rows: int, stride: int, value_bytes: int, groups: int, output: np.ndarray) -> None:
     """output: [N, vector_columns]; rows: address of N rows, stride bytes apart."""
     num_rows = output.shape[0]

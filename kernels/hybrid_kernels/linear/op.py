@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from hybrid_kernels.linear import cpu
+from hybrid_kernels.linear import reference
 from hybrid_kernels.packed_matrix import PackedMatrix
+
+SMALLEST_COMPILED = 1 << 18  # weights: below, torch is done before compiled code is loaded
 
 
 def linear(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -14,4 +16,8 @@ def linear(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None = No
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected float32 [T, {weight.columns}]")
     if bias is not None and tuple(bias.shape) != (weight.num_rows,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.num_rows},)")
+    if weight.row_format.kind == "f32" or weight.num_rows * weight.columns < SMALLEST_COMPILED:
+        return reference.linear(x, weight, bias)  # f32 rows are dense matrices as they are
+    from hybrid_kernels.linear import cpu  # noqa: PLC0415  # Numba loads only where it is used
+
     return cpu.linear(x, weight, bias)

@@ -12,6 +12,7 @@ import numba
 import numpy as np
 import torch
 
+from hybrid_kernels.compiled import compiled
 from hybrid_kernels.quantization.reference import LARGEST_SCALE, Q4_EXTREME_LEVELS, Q4_REFINEMENTS, check_scale
 from hybrid_kernels.quantization.row_format import RowFormat
 
@@ -47,7 +48,7 @@ def quantize_rows(weights: torch.Tensor, row_format: RowFormat) -> torch.Tensor:
     return torch.from_numpy(rows)
 
 
-@numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+@compiled(parallel=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 def _fit_q4(groups: np.ndarray, levels: np.ndarray, refinements: int, scales: np.ndarray) -> None:
     """Write the best scale of every group of groups [M, G] to scales [M]."""
     num_groups, group = groups.shape
@@ -76,7 +77,7 @@ def _fit_q4(groups: np.ndarray, levels: np.ndarray, refinements: int, scales: np
             scales[first + lane] = extreme[lane] / np.float32(8.0) if overflows else best_scale[lane]
 
 
-@numba.njit(cache=True, error_model="numpy", inline="always")
+@numba.njit(error_model="numpy", inline="always")
 def _extremes(tile: np.ndarray) -> np.ndarray:
     """tile: [G, LANES] -> [LANES], each group's weight of the largest magnitude, the first of equals."""
     extreme = np.zeros(LANES, np.float32)
@@ -87,7 +88,7 @@ def _extremes(tile: np.ndarray) -> np.ndarray:
     return extreme
 
 
-@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", inline="always")
+@numba.njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", inline="always")
 def _refine(
     tile: np.ndarray, scale: np.ndarray, inverse: np.ndarray, projection: np.ndarray, energy: np.ndarray
 ) -> None:
@@ -107,7 +108,7 @@ def _refine(
         scale[lane] = projection[lane] / energy[lane] if energy[lane] > 0.0 else np.float32(0.0)
 
 
-@numba.njit(parallel=True, cache=True, fastmath={"nnan", "nsz", "reassoc"}, error_model="numpy")
+@compiled(parallel=True, fastmath={"nnan", "nsz", "reassoc"}, error_model="numpy")
 def _fit_q8(groups: np.ndarray, scales: np.ndarray) -> None:
     """Write the scale that puts the extreme of every group of groups [M, G] at level 127 to scales [M]."""
     for group_idx in numba.prange(groups.shape[0]):
@@ -117,7 +118,7 @@ def _fit_q8(groups: np.ndarray, scales: np.ndarray) -> None:
         scales[group_idx] = extreme / np.float32(127.0)
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy")
+@compiled(parallel=True, error_model="numpy")
 def _write_q4(weights: np.ndarray, scales: np.ndarray, group: int, rows: np.ndarray) -> None:
     """Round weights [N, K] to their group's scale and write the nibbles in row_format's word order."""
     words = group // 8
@@ -136,7 +137,7 @@ def _write_q4(weights: np.ndarray, scales: np.ndarray, group: int, rows: np.ndar
                     rows[row_idx, first // 2 + word * 4 + byte] = low | (high << 4)
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy")
+@compiled(parallel=True, error_model="numpy")
 def _write_q8(weights: np.ndarray, scales: np.ndarray, group: int, rows: np.ndarray) -> None:
     """Round weights [N, K] to their group's scale and write the levels; rows are zero before."""
     for row_idx in numba.prange(weights.shape[0]):
@@ -149,6 +150,6 @@ def _write_q8(weights: np.ndarray, scales: np.ndarray, group: int, rows: np.ndar
                 rows[row_idx, column] = np.uint8(np.int32(level))
 
 
-@numba.njit(cache=True, inline="always", error_model="numpy")
+@numba.njit(inline="always", error_model="numpy")
 def _nearest(value: np.float32, lowest: np.float32, highest: np.float32) -> np.float32:
     return min(max(np.rint(value), lowest), highest)

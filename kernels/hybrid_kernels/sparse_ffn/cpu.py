@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from hybrid_kernels.activation import ACTIVATION_KINDS, Activation, activate, gate_fires
-from hybrid_kernels.linear.cpu import SMALLEST_COMPILED, linear, padded_vectors, unpack_rows
+from hybrid_kernels.compiled import compiled
+from hybrid_kernels.linear.cpu import linear, padded_vectors, unpack_rows
+from hybrid_kernels.linear.op import SMALLEST_COMPILED
 from hybrid_kernels.packed_matrix import Bundles
 from hybrid_kernels.row_simd import format_code, num_groups, row_axpy4, row_dot, vector_columns
 from hybrid_kernels.sparse_ffn import reference
@@ -111,7 +113,7 @@ def _array(bias: torch.Tensor | None) -> np.ndarray:
     return np.empty(0, dtype=np.float32) if bias is None else bias.numpy()
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled(parallel=True)
 def _ffn_kernel(
     code: int,
     kind: int,

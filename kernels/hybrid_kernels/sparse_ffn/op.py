@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from hybrid_kernels.activation import Activation
+from hybrid_kernels.linear.op import SMALLEST_COMPILED
 from hybrid_kernels.packed_matrix import Bundles
-from hybrid_kernels.sparse_ffn import cpu
+from hybrid_kernels.sparse_ffn import reference
 
 
 def sparse_ffn(
@@ -31,4 +32,8 @@ def sparse_ffn(
         raise ValueError(f"active is {active.dtype} {tuple(active.shape)}, expected bool {expected}")
     if gate_first and not activation.gate_decides:
         raise ValueError(f"gate_first needs an activation whose gate decides, found {activation.kind}")
+    if bundles.num_neurons * bundles.hidden_size < SMALLEST_COMPILED:
+        return reference.sparse_ffn(x, bundles, activation, active)
+    from hybrid_kernels.sparse_ffn import cpu  # noqa: PLC0415  # Numba loads only where it is used
+
     return cpu.sparse_ffn(x, bundles, activation, active, gate_first=gate_first)

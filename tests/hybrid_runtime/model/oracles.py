@@ -105,27 +105,29 @@ def relu_glu(gate, up):
     return gate.clamp(min=0) * up
 
 
-def predictor_mask(w, name, p, tally, threshold=0.0):
-    """m = round(sigmoid(fc2(relu(fc1(p)))))"""
+def predictor_mask(w, name, p, tally, threshold=0.0, *, at_threshold=False):
+    """m = round(sigmoid(fc2(relu(fc1(p))))); PowerInfer computes a neuron at its threshold too."""
     narrow = p @ w[f"{name}.predictor.fc1.weight"].float().T
     z = narrow.clamp(min=0) @ w[f"{name}.predictor.fc2.weight"].float().T
     silent = (narrow <= 0).all(dim=1)  # then every z is exactly 0, and the decision fell before fc2
-    fires = z > threshold
+    fires = z >= threshold if at_threshold else z > threshold
     for values in (z[~silent] - threshold, narrow[silent].amax(dim=1)):
         if len(values):
             tally.decide(values)
     tally.masked.append(fires)
-    if threshold == 0.0:
+    if threshold == 0.0 and not at_threshold:
         assert torch.equal(torch.round(torch.sigmoid(z)), fires.float())
     return fires.float()
 
 
-def dense_ffn(w, act, tally=None, *, predictor_input="pre_norm", threshold=0.0):
+def dense_ffn(w, act, tally=None, *, predictor_input="pre_norm", threshold=0.0, at_threshold=False):
     """tally: where there is a predictor and it masks."""
 
     def ffn(layer, _, residual, x):
         p = residual if predictor_input == "pre_norm" else x
-        mask = 1.0 if tally is None else predictor_mask(w, f"{layer}.mlp", p, tally, threshold)
+        mask = (
+            1.0 if tally is None else predictor_mask(w, f"{layer}.mlp", p, tally, threshold, at_threshold=at_threshold)
+        )
         return glu(w, f"{layer}.mlp", x, act, mask=mask)
 
     return ffn

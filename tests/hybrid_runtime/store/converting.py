@@ -12,8 +12,8 @@ FORMATS = [RowFormat("f32"), RowFormat("bf16"), *(RowFormat(kind, g) for kind in
 
 
 def converted(model, folder, row_format=FORMATS[0], progress=None):
-    request = ModelRequest(str(model), row_format.kind, row_format.group or 32)
-    return convert_model(request, folder, progress or NoProgress())
+    request = ModelRequest(str(model), row_format.kind, row_format.group or None)
+    return convert_model(request, folder, folder.parent / "cache", progress or NoProgress())
 
 
 def contents(folder):

@@ -253,9 +253,9 @@ def test_a_second_converter_is_refused_and_a_killed_one_leaves_no_lock(server, m
     running.stop()
     assert not (folder / "store.json").exists()
     request = ModelRequest(str(model), "f32")
-    with pytest.raises(UsageError, match=f"{folder}: another conversion is writing here; wait for it or choose"):
-        convert_model(request, folder, NoProgress())
+    with pytest.raises(UsageError, match=f"{folder}: another conversion is writing here; wait for it, or choose"):
+        convert_model(request, folder, tmp_path / "cache", NoProgress())
     running.kill()
     assert running.wait() == -signal.SIGKILL
-    convert_model(request, folder, NoProgress())
+    convert_model(request, folder, tmp_path / "cache", NoProgress())
     assert digests(folder) == wholes[model, "f32"].files
