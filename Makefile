@@ -16,7 +16,7 @@ run: $(VENV)/installed
 	$(BIN)/hybrid-run --prompt "Every token takes" --max-tokens 60
 
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -27,7 +27,8 @@ clean:
 	rm -rf $(VENV) build *.egg-info
 
 $(VENV)/installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and 'Python 3.11 to 3.13 is needed: make PYTHON=python3.12')"
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@

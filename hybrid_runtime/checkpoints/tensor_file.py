@@ -193,7 +193,7 @@ def _all_finite(chunk: torch.Tensor) -> bool:
     """Whether no element of a float tensor is NaN or Inf, by two maxima over its bits.
 
     As signed integers the positive non-finite numbers are the largest of all; as unsigned ones the negative are. Both
-    maxima make no temporary and start no thread: 15 GB/s on one core, where isfinite().all() does 0.6 on bfloat16.
+    maxima make no temporary and start no thread; isfinite().all() was 20 times slower on bfloat16 (one Zen 3 core).
     """
     signed, unsigned, infinity = FLOAT_BITS[chunk.dtype]
     bits = chunk.contiguous().view(torch.uint8).numpy()

@@ -4,7 +4,7 @@
     row_axpy4    y += h0 * row0 + h1 * row1 + h2 * row2 + h3 * row3, one pass over y
     row_unpack   the weights as float32
 
-LLVM does not find these loops by itself: plain Numba reads about 1 GB/s of q4 rows, this code several. Vectors have
+LLVM does not find these loops by itself in plain Numba code. Vectors have
 eight lanes, which LLVM lowers to AVX2, AVX-512 or two NEON registers alike; nothing here names an instruction set.
 Arithmetic is float32 throughout, so results equal the reference's up to the order of summation.
 

@@ -80,6 +80,16 @@ def test_changed_weights_are_converted_anew(tmp_path):
     assert second.folder != first.folder
 
 
+def test_a_template_added_later_is_seen(tmp_path):
+    folder = write_model(tmp_path / "llama")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    store, _ = open_model(folder, tmp_path / "cache")
+    assert load_store_tokenizer(store)[1] is None
+    (folder / "chat_template.jinja").write_text("new")
+    again, _ = open_model(folder, tmp_path / "cache")
+    assert load_store_tokenizer(again)[1] == "new"
+
+
 def test_damaged_store_in_the_cache_is_made_again(published, tmp_path):
     store, _ = open_model(published, tmp_path)
     part = next(store.data_folder.glob("layer-*.bin"))

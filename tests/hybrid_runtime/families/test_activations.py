@@ -68,5 +68,5 @@ def test_a_number_that_no_float_holds_is_refused():
     raw = RawConfig({"rope_theta": 10**400, "long_factor": [1.0, 10**400]}, "f")
     with pytest.raises(CheckpointError, match=r"f: rope_theta is 1000.*\.\.\., expected a finite number"):
         raw.number("rope_theta")
-    with pytest.raises(CheckpointError, match="f: long_factor is .* expected a list of finite numbers"):
+    with pytest.raises(CheckpointError, match=r"f: long_factor is .* expected a list of finite numbers"):
         raw.numbers("long_factor")
