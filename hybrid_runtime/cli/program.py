@@ -51,9 +51,11 @@ def _run(command: click.Command, name: str, arguments: list[str]) -> int:
         say("")  # the terminal has written ^C
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        _discard_output()
+        _discard_output(1, 2)
         return EXIT_PIPE_CLOSED
     except OSError as error:
+        if error.filename is None:  # stdout itself: what it still buffers cannot be written either
+            _discard_output(1)
         return _refuse(name, f"{error.filename or 'writing the output'}: {error.strerror or error}")
     except MemoryError:
         return _refuse(name, "out of memory; use a smaller --ctx or --quant, or set --ram to be told before loading")
@@ -88,8 +90,8 @@ def _refuse(name: str, message: str) -> int:
     return EXIT_BAD_INPUT
 
 
-def _discard_output() -> None:
-    """Point stdout and stderr at nothing: Python flushes both at exit and would complain once more."""
+def _discard_output(*descriptors: int) -> None:
+    """Point stdout (1) or stderr (2) at nothing: Python flushes both at exit and would complain once more."""
     nothing = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
+    for descriptor in descriptors:
         os.dup2(nothing, descriptor)
