@@ -19,6 +19,7 @@ KERNEL_BLOCK_BYTES = 48 << 20  # blocks that the CPU kernels dequantise into, wi
 COMPILER_BYTES = 112 << 20
 CONVERSION_BLOCK_BYTES = 128 << 20  # blocks of 16 MiB in several stages, beside one whole down projection
 CONVERSION_RESIDUE_BYTES = 64 << 20  # of those, what the allocator has not given back when the model is loaded
+ADVICE_SLACK_BYTES = 8 << 20  # the program's own part differs from run to run, and the advice should hold in the next
 ALLOCATOR_SHARE = 0.02  # what the allocator keeps beyond what was asked for, seen on this runtime's runs
 
 
@@ -105,7 +106,7 @@ def require_memory(plan: MemoryPlan, ram_bytes: int | None, available_bytes: int
     if ram_bytes is not None and plan.total > ram_bytes:
         raise BudgetError(
             f"--ram {format_bytes(ram_bytes)}: the model needs {format_bytes(plan.total)} ({plan.describe()}); "
-            f"give at least --ram {_mebibytes_above(plan.total)}M, a smaller --ctx, or a smaller --quant"
+            f"give at least --ram {_mebibytes_above(plan.total + ADVICE_SLACK_BYTES)}M, a smaller --ctx, or a smaller --quant"
         )
     if plan.total - plan.program > available_bytes:
         raise BudgetError(

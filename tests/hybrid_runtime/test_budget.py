@@ -101,7 +101,7 @@ def test_promise_is_kept_and_not_grossly_overestimated(
     print(f"{quant} ctx {num_positions}: promised {promised >> 20}, measured {measured >> 20} MiB")
     assert measured <= 1.05 * promised
     assert planned <= 1.5 * measured + 100 * MIB
-    assert abs(planned - promised) <= 2 * MIB  # what the summary calls planned is what was promised
+    assert abs(planned - promised) <= 10 * MIB  # what the summary calls planned is what was promised, less the slack
 
 
 def test_promise_holds_for_scoring_every_token(large, tmp_path):
@@ -124,7 +124,7 @@ def test_refusal_tells_the_parts_and_the_flag_that_would_do():
     enough = int(re.search(r"--ram (\d+)M", str(refusal.value))[1]) * MIB
     require_memory(plan, enough, 1 << 40)
     with pytest.raises(BudgetError):
-        require_memory(plan, enough - MIB, 1 << 40)
+        require_memory(plan, enough - 9 * MIB, 1 << 40)
 
 
 def test_what_the_machine_has_not_is_refused_without_a_flag():
