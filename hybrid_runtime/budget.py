@@ -106,7 +106,8 @@ def require_memory(plan: MemoryPlan, ram_bytes: int | None, available_bytes: int
     if ram_bytes is not None and plan.total > ram_bytes:
         raise BudgetError(
             f"--ram {format_bytes(ram_bytes)}: the model needs {format_bytes(plan.total)} ({plan.describe()}); "
-            f"give at least --ram {_mebibytes_above(plan.total + ADVICE_SLACK_BYTES)}M, a smaller --ctx, or a smaller --quant"
+            f"give at least --ram {_mebibytes_above(plan.total + ADVICE_SLACK_BYTES)}M, "
+            "a smaller --ctx, or a smaller --quant"
         )
     if plan.total - plan.program > available_bytes:
         raise BudgetError(
