@@ -1,6 +1,7 @@
 """Perplexity over a text, by two named protocols that give different numbers on the same model.
 
-full   windows that do not overlap; every token is scored but the first of each window, which nothing predicts
+full   windows that do not overlap; every token is scored, the first of a window by the last of the one before it
+       (the text's own first by BOS, where the vocabulary puts one)
 half   llama.cpp's: the first token of each whole window is replaced by BOS (where the vocabulary puts one), and only
        what follows token window / 2 is scored: 255 of 512, each with more than half a window before it
 """
@@ -107,7 +108,7 @@ def _losses(engine: Engine, tokens: Sequence[int]) -> torch.Tensor:
 def _windows(
     engine: Engine, tokens: Sequence[int], protocol: Protocol, window: int
 ) -> Iterator[tuple[Sequence[int], int]]:
-    """Token windows, each with the index of its first scored token."""
+    """Tokens that a window reads and predicts, each with the index of its first scored token."""
     if window < 2 or (protocol == "half" and window < 4):
         raise UsageError(f"--ctx {window}: protocol {protocol} needs at least {4 if protocol == 'half' else 2} tokens")
     needed = window if protocol == "half" else 2
@@ -120,7 +121,5 @@ def _windows(
                 inputs[0] = engine.tokenizer.bos_id
             yield inputs, window // 2 + 1
     else:
-        for start in range(0, len(tokens), window):
-            inputs = list(tokens[start : start + window])
-            if len(inputs) > 1:
-                yield inputs, 1
+        for start in range(0, len(tokens) - 1, window):
+            yield tokens[start : start + window + 1], 1  # the last is only predicted: it opens the next window

@@ -40,7 +40,7 @@ def test_line_says_what_was_measured(evaluate, protocol):
     assert code == 0
     assert re.fullmatch(
         rf"perplexity \d+\.\d{{4}} \+/- \d+\.\d{{4}} \({protocol}, ctx 64, "
-        rf"{3 * 31 if protocol == 'half' else 3 * 63} tokens in 3 windows, f32\)\n",
+        rf"{3 * 31 if protocol == 'half' else 3 * 64} tokens in 3 windows, f32\)\n",
         out,
     )
     assert [line.split(":")[0] for line in err if line.startswith("window")] == ["window 1", "window 2", "window 3"]

@@ -38,8 +38,7 @@ def command() -> None:
     type=click.Choice(["full", "half"]),
     default="half",
     show_default=True,
-    help="full: every token of windows that do not overlap, but the first of each; "
-    "half: llama.cpp's, the second half of each window.",
+    help="full: every token, in windows that do not overlap; half: llama.cpp's, the second half of each window.",
 )
 @click.option(
     "--max-windows", type=click.IntRange(1), metavar="N", help="Stop after N windows. [default: the whole text]"

@@ -33,7 +33,8 @@ def losses_of(engine, tokens):
 
 
 def full_by_hand(engine, tokens, window):
-    windows = [tokens[start : start + window] for start in range(0, len(tokens), window)]
+    """Each window reads `window` tokens and predicts the one that follows each of them."""
+    windows = [tokens[start : start + window + 1] for start in range(0, len(tokens), window)]
     return [loss for each in windows if len(each) > 1 for loss in losses_of(engine, each)]
 
 
@@ -69,19 +70,20 @@ def test_half_scores_255_of_512_as_llama_cpp_does(engines):
     assert (result.num_windows, result.num_scored) == (1, 255)
 
 
-def test_full_scores_every_token_but_each_windows_first(engines):
+def test_full_scores_every_token_of_the_text(engines):
     tokens = engines[True].tokenizer.encode(TEXT)
     result = measure_perplexity(engines[True], TEXT, "full", 60)
-    assert result.num_windows == math.ceil(len(tokens) / 60)
-    assert result.num_scored == len(tokens) - result.num_windows
+    assert tokens[0] == BOS
+    assert result.num_windows == math.ceil((len(tokens) - 1) / 60)
+    assert result.num_scored == len(tokens) - 1
 
 
-def test_last_window_of_one_token_has_nothing_to_score(engines):
+def test_a_text_that_ends_with_its_window_has_no_empty_one(engines):
     engine = engines[False]
     tokens = engine.tokenizer.encode("x" * 9)
     assert len(tokens) == 9
     result = measure_perplexity(engine, "x" * 9, "full", 8)
-    assert (result.num_windows, result.num_scored) == (1, 7)
+    assert (result.num_windows, result.num_scored) == (1, 8)
 
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary(engines):
