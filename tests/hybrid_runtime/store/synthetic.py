@@ -6,8 +6,8 @@ import json
 import math
 from pathlib import Path
 
+import gguf
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -139,7 +139,6 @@ def largest_tensor_bytes(**settings):
 
 def write_large_gguf(path, hidden_size, intermediate_size):
     """A one-layer GGUF whose FFN is Q4_0, every block alike; the bytes of its largest tensor."""
-    gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_embedding_length(hidden_size)
     writer.add_feed_forward_length(intermediate_size)

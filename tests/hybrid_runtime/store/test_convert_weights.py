@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -152,7 +153,6 @@ GGUF_SIZES = {"hidden": 64, "inner": 96, "heads": 2, "head_dim": 32, "vocab": 96
 
 def write_q4_0(path):
     """A one-layer GGUF in Q4_0; returns its values by canonical name, rotary rows as the file has them."""
-    gguf = pytest.importorskip("gguf")
     hidden, inner, vocab = (GGUF_SIZES[name] for name in ("hidden", "inner", "vocab"))
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_embedding_length(hidden)
