@@ -18,6 +18,8 @@ from pathlib import Path
 import platformdirs
 import torch
 
+from hybrid_kernels.native.load import KernelLibrary
+from hybrid_kernels.team import Team
 from hybrid_runtime.budget import MemoryNeeds, MemoryPlan, plan_memory, require_memory
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import ContextOverflow, TemplateError, UsageError
@@ -25,17 +27,20 @@ from hybrid_runtime.generation.report import GenerationReport
 from hybrid_runtime.generation.sampling import SamplingParams
 from hybrid_runtime.generation.sequence import Generation, TokenSequence, check_prompt
 from hybrid_runtime.generation.stop import StopMatcher
-from hybrid_runtime.machine import available_ram_bytes, current_rss_bytes
+from hybrid_runtime.machine import available_ram_bytes, current_rss_bytes, physical_cores, usable_cores
 from hybrid_runtime.model.decoder import Decoder, PredictorMode, choose_predictor_mode
+from hybrid_runtime.model.kernels import needed_kernels
 from hybrid_runtime.model.kv_cache import KvCache, KvDtype
 from hybrid_runtime.model.weights import load_weights
 from hybrid_runtime.progress import NoProgress, Progress
+from hybrid_runtime.store.memory import LoadMode
 from hybrid_runtime.store.reader import Store
 from hybrid_runtime.stores import ModelRequest, find_model, load_store_tokenizer
 from hybrid_runtime.text.chat import Message, render_chat
 from hybrid_runtime.text.tokenizer import Tokenizer
 
 MOST_POSITIONS = 1 << 24
+SMALLEST_SHARED_BYTES = 8 << 20
 MOST_DEFAULT_POSITIONS = 4096
 LEAST_DEFAULT_POSITIONS = 512  # some converters write a context of 128 whatever the model was trained with
 MANY_CHARS_PER_TOKEN = 16  # prose has four
@@ -57,6 +62,8 @@ class LoadOptions:
 
     ram_bytes: the promised peak of the process. num_positions: the context in tokens. predictor: mask, off or gate.
     kv_dtype: f32 for an f32 store, else f16. scores: whether `logits` will be asked for, which takes more memory.
+    load: the weights are read into memory, or mapped (they count against ram_bytes all the same).
+    threads: that compute; None asks for `default_threads`.
     say: gets one line for each thing that the caller may want to know.
     """
 
@@ -65,9 +72,61 @@ class LoadOptions:
     predictor: PredictorMode | None = None
     kv_dtype: KvDtype | None = None
     scores: bool = False
+    load: LoadMode = "anonymous"
+    threads: int | None = None
     cache_dir: Path | None = None
     progress: Progress = field(default_factory=NoProgress)
     say: Callable[[str], None] = _say_nothing
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A store, and all that was decided about running it. No weight is in memory yet."""
+
+    store: Store
+    predictor_mode: PredictorMode
+    num_positions: int
+    kv_dtype: KvDtype
+    load: LoadMode
+    memory_plan: MemoryPlan
+    num_threads: int
+    kernels: KernelLibrary
+
+    def load_sequence(self) -> TokenSequence:
+        """The decoder with its weights, and an empty context."""
+        config = self.store.manifest.config
+        weights = load_weights(self.store, self.load)
+        decoder = Decoder(config, weights, self.predictor_mode, Team(self.num_threads, self.kernels))
+        return TokenSequence(decoder, KvCache(config, self.num_positions, self.kv_dtype))
+
+
+def open_model(request: ModelRequest, options: LoadOptions, *, needs_tokenizer: bool = True) -> OpenModel:
+    """Find or make the model's store and check that it can run as asked.
+
+    Raises a HybridError that says what to do; BudgetError before anything is converted when the memory would not do.
+    """
+    cache_dir = options.cache_dir or default_cache_dir()
+    found = find_model(request, cache_dir, options.progress, needs_tokenizer=needs_tokenizer)
+    config = found.config
+    predictor_mode = choose_predictor_mode(config, options.predictor)
+    num_positions = choose_num_positions(config, options.num_positions)
+    kv_dtype = options.kv_dtype or ("f32" if found.weights.kind == "f32" else "f16")
+    needs = MemoryNeeds(
+        weights_bytes=found.num_bytes,
+        num_positions=num_positions,
+        kv_dtype=kv_dtype,
+        scores=options.scores,
+        largest_converted_bytes=found.largest_converted_bytes,
+    )
+    plan = plan_memory(config, needs, current_rss_bytes())
+    require_memory(plan, options.ram_bytes, available_ram_bytes())
+    if num_positions > max(config.max_position_embeddings, LEAST_DEFAULT_POSITIONS):
+        options.say(f"--ctx {num_positions}: the model was made for {config.max_position_embeddings} tokens")
+    store = found.open(options.progress, options.say)
+    num_threads = options.threads or default_threads(store.num_bytes)
+    kernels = KernelLibrary(options.say)
+    kernels.prepare(needed_kernels(config, store.manifest.quantization))
+    return OpenModel(store, predictor_mode, num_positions, kv_dtype, options.load, plan, num_threads, kernels)
 
 
 class Engine:
@@ -90,29 +149,9 @@ class Engine:
         model: a path, an alias or a repository id; a ModelRequest for more say. Raises a HybridError that says what to
         do; BudgetError before any weight is read when the memory would not do.
         """
-        options = options or LoadOptions()
-        request = ModelRequest(model) if isinstance(model, str) else model
-        found = find_model(request, options.cache_dir or default_cache_dir(), options.progress)
-        config = found.config
-        predictor_mode = choose_predictor_mode(config, options.predictor)
-        num_positions = choose_num_positions(config, options.num_positions)
-        kv_dtype = options.kv_dtype or ("f32" if found.weights.kind == "f32" else "f16")
-        needs = MemoryNeeds(
-            weights_bytes=found.num_bytes,
-            num_positions=num_positions,
-            kv_dtype=kv_dtype,
-            scores=options.scores,
-            largest_converted_bytes=found.largest_converted_bytes,
-        )
-        plan = plan_memory(config, needs, current_rss_bytes())
-        require_memory(plan, options.ram_bytes, available_ram_bytes())
-        if num_positions > max(config.max_position_embeddings, LEAST_DEFAULT_POSITIONS):
-            options.say(f"--ctx {num_positions}: the model was made for {config.max_position_embeddings} tokens")
-        store = found.open(options.progress, options.say)
-        tokenizer, chat_template = load_store_tokenizer(store)
-        decoder = Decoder(config, load_weights(store), predictor_mode)
-        sequence = TokenSequence(decoder, KvCache(config, num_positions, kv_dtype))
-        return cls(store, sequence, tokenizer, chat_template, plan)
+        opened = open_model(ModelRequest(model) if isinstance(model, str) else model, options or LoadOptions())
+        tokenizer, chat_template = load_store_tokenizer(opened.store)
+        return cls(opened.store, opened.load_sequence(), tokenizer, chat_template, opened.memory_plan)
 
     @property
     def config(self) -> ModelConfig:
@@ -204,6 +243,15 @@ class Engine:
 
     def _token_text(self, token_id: int | None) -> str:
         return "" if token_id is None else self.tokenizer.token_of(token_id) or ""
+
+
+def default_threads(weights_bytes: int) -> int:
+    """The physical cores that this process may use; one for a model that a core's own caches hold.
+
+    Threads of such a small one would meet every few microseconds, and lose milliseconds whenever one of them has to
+    wait for a core that another process uses.
+    """
+    return 1 if weights_bytes < SMALLEST_SHARED_BYTES else min(physical_cores(), usable_cores())
 
 
 def choose_num_positions(config: ModelConfig, wanted: int | None) -> int:

@@ -194,6 +194,20 @@ def peak_rss_bytes(root: Path = ROOT) -> int:
     return highest if sys.platform == "darwin" else highest * 1024  # bytes on macOS, KiB elsewhere
 
 
+def reset_peak_rss(root: Path = ROOT) -> bool:
+    """Let `peak_rss_bytes` begin anew from what is occupied now, where the system can; whether it could."""
+    try:
+        (root / "proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def huge_page_bytes(root: Path = ROOT) -> int:
+    """How much of this process's anonymous memory lies in huge pages; 0 where the system does not tell."""
+    return _kib_field(root / "proc/self/smaps_rollup", "AnonHugePages") or 0
+
+
 def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
     """Every folder whose limit of this controller binds this process: its own cgroup and all above it, v1 and v2."""
     groups = {}  # controller, or '' for v2, to this process's path in that hierarchy

@@ -6,7 +6,6 @@ converted into the cache, where the next run finds it.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.demo import DEMO_NAME, DEMO_VERSION, make_demo
 from hybrid_runtime.errors import CheckpointError, TokenizerError, UsageError
 from hybrid_runtime.progress import NoProgress, Progress
+from hybrid_runtime.store.blocks import CheckpointWeights
 from hybrid_runtime.store.convert import Conversion, convert, data_name, finished_store
 from hybrid_runtime.store.layout import Quantization
 from hybrid_runtime.store.manifest import is_store
@@ -60,7 +60,7 @@ class FoundModel:
     @property
     def config(self) -> ModelConfig:
         """The model's description."""
-        return self.source.manifest.config if isinstance(self.source, Store) else self.source.checkpoint.config
+        return self.source.manifest.config if isinstance(self.source, Store) else self.source.config
 
     @property
     def weights(self) -> RowFormat:
@@ -79,12 +79,7 @@ class FoundModel:
         """Of the tensors that a conversion holds whole, as float32; 0 where the store is there."""
         if isinstance(self.source, Store):
             return 0
-        checkpoint = self.source.checkpoint
-        return max(
-            4 * math.prod(info.shape)
-            for name, info in checkpoint.tensors.items()
-            if name.endswith(".down_proj") or name in checkpoint.interleaved_heads
-        )
+        return self.source.source.largest_held_bytes
 
     def open(self, progress: Progress, say: Say) -> Store:
         """The store, converted now where that is not done yet."""
@@ -95,14 +90,16 @@ class FoundModel:
         return convert(self.source, NoProgress() if is_quick else progress, waits=True)
 
 
-def find_model(request: ModelRequest, cache_dir: Path, progress: Progress) -> FoundModel:
-    """Find the model, downloading it where it is a repository; refuse one without a tokenizer."""
+def find_model(
+    request: ModelRequest, cache_dir: Path, progress: Progress, *, needs_tokenizer: bool = True
+) -> FoundModel:
+    """Find the model, downloading it where it is a repository; a checkpoint without a tokenizer may be refused."""
     path = _locate(request, cache_dir, progress)
     if path.is_dir() and is_store(path):
         return FoundModel(_open_as_asked(path, request))
     checkpoint, quantization, name = _open_source(path, request)
-    folder = cache_dir / "stores" / f"{_safe(name)}-{data_name(checkpoint, quantization)}"
-    conversion = plan_conversion(checkpoint, folder, quantization, name, needs_tokenizer=True)
+    folder = cache_dir / "stores" / f"{_safe(name)}-{data_name(CheckpointWeights(checkpoint), quantization)}"
+    conversion = plan_conversion(checkpoint, folder, quantization, name, needs_tokenizer=needs_tokenizer)
     return FoundModel(finished_store(conversion) or conversion)
 
 
@@ -124,18 +121,22 @@ def _open_source(path: Path, request: ModelRequest) -> tuple[Checkpoint, Quantiz
 
 def choose_quantization(request: ModelRequest, checkpoint: Checkpoint) -> Quantization:
     """The asked one; without one, f32 up to LARGEST_F32_PARAMETERS; above, q8 for a file of 8 bits, else q4."""
-    kind = request.quant or _suitable_kind(checkpoint)
+    return asked_quantization(request.quant or _suitable_kind(checkpoint), request.group)
+
+
+def asked_quantization(kind: str, group: int | None) -> Quantization:
+    """The values of --quant and --group; raise UsageError for a pair that no store is written in."""
     if kind not in ROW_KINDS:
         raise UsageError(f"--quant {kind}: expected one of {', '.join(ROW_KINDS)}")
     if kind not in ("q8", "q4"):
-        if request.group is not None:
+        if group is not None:
             raise UsageError(
-                f"--group {request.group}: {kind} weights share no scales; leave it out, or choose --quant q8 or q4"
+                f"--group {group}: {kind} weights share no scales; leave it out, or choose --quant q8 or q4"
             )
         return Quantization(RowFormat(kind))
-    if request.group not in (None, *GROUP_SIZES):
-        raise UsageError(f"--group {request.group}: expected one of {', '.join(map(str, GROUP_SIZES))}")
-    return Quantization(RowFormat(kind, request.group or DEFAULT_GROUP))
+    if group not in (None, *GROUP_SIZES):
+        raise UsageError(f"--group {group}: expected one of {', '.join(map(str, GROUP_SIZES))}")
+    return Quantization(RowFormat(kind, group or DEFAULT_GROUP))
 
 
 def _suitable_kind(checkpoint: Checkpoint) -> RowKind:
@@ -172,7 +173,7 @@ def plan_conversion(
         if template is not None:
             (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
-    return Conversion(checkpoint, destination, quantization, model, save_tokenizer)
+    return Conversion(CheckpointWeights(checkpoint), destination, quantization, model, save_tokenizer)
 
 
 def load_store_tokenizer(store: Store) -> tuple[Tokenizer, str | None]:

@@ -10,13 +10,15 @@ from typing import cast
 
 import torch
 
+from hybrid_kernels.native.instruction_sets import instruction_set
 from hybrid_runtime.cli.program import say
 from hybrid_runtime.engine import Engine, LoadOptions
-from hybrid_runtime.machine import describe_machine, physical_cores, usable_cores
+from hybrid_runtime.machine import describe_machine, huge_page_bytes, physical_cores, usable_cores
 from hybrid_runtime.model.decoder import PredictorMode
 from hybrid_runtime.model.kv_cache import KvDtype
 from hybrid_runtime.progress import console_progress
 from hybrid_runtime.sizes import format_bytes
+from hybrid_runtime.store.memory import LoadMode
 from hybrid_runtime.stores import ModelRequest
 
 
@@ -28,6 +30,7 @@ def load_engine(
     num_positions: int | None,
     predictor: str | None,
     kv_dtype: str | None,
+    load: str,
     threads: int | None,
     cache_dir: Path | None,
     verbose: bool,
@@ -44,6 +47,8 @@ def load_engine(
         predictor=cast("PredictorMode | None", predictor),  # click offers only these
         kv_dtype=cast("KvDtype | None", kv_dtype),
         scores=scores,
+        load=cast("LoadMode", load),
+        threads=threads,
         cache_dir=cache_dir,
         progress=console_progress(),
         say=say,
@@ -51,7 +56,7 @@ def load_engine(
     started_s = time.perf_counter()
     engine = Engine.load(request, options)
     if verbose:
-        _describe(engine, num_threads, time.perf_counter() - started_s)
+        _describe(engine, load, time.perf_counter() - started_s)
     return engine
 
 
@@ -77,14 +82,17 @@ def _explain_vram(vram_bytes: int) -> None:
     say(f"--vram {format_bytes(vram_bytes)} is honoured as 0: {reason}")
 
 
-def _describe(engine: Engine, num_threads: int, load_s: float) -> None:
+def _describe(engine: Engine, load: str, load_s: float) -> None:
     machine = describe_machine()
     config = engine.config
     sequence = engine.sequence
     vector_sets = ", ".join(machine.instruction_sets) or "no vector sets"
-    say(f"machine    {machine.cpu_name}, {num_threads} threads, {vector_sets}")
+    say(f"machine    {machine.cpu_name}, {sequence.decoder.team.num_threads} threads, {vector_sets}")
+    say(f"kernels    compiled for {instruction_set()}")
     say(f"backend    torch {machine.torch_version} on the CPU; GPU: {machine.gpu_name or machine.no_gpu_reason}")
     say(f"store      {engine.store.folder}, {format_bytes(engine.store.num_bytes)}, loaded in {load_s:.2f} s")
+    huge = f"{format_bytes(huge_page_bytes())} of this process in huge pages"
+    say(f"weights    {'mapped from their files' if load == 'mmap' else 'in anonymous memory'}, {huge}")
     say(f"family     {config.family}, {config.num_hidden_layers} layers, {config.activation.kind}")
     say(f"predictor  {sequence.decoder.predictor_mode}")
     say(f"context    {sequence.cache.num_positions} tokens, keys and values in {sequence.cache.keys.dtype}")

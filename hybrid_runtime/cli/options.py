@@ -53,43 +53,49 @@ def model_options(command: AnyCommand) -> AnyCommand:
     return _with(command, options)
 
 
-def run_options(command: AnyCommand) -> AnyCommand:
-    """How much memory, context and machine a loaded model may use."""
-    options = (
-        click.option(
-            "--ram", type=Size(), metavar="SIZE", help="Promised peak of this process, e.g. 12G. [default: free]"
-        ),
-        click.option(
-            "--ctx",
-            type=click.IntRange(1),
-            metavar="N",
-            help="Context (for perplexity: a window) in tokens. [default: the model's, at most 4096; perplexity: 512]",
-        ),
-        click.option(
-            "--predictor",
-            type=click.Choice(["mask", "off", "gate"]),
-            help="mask: compute only neurons that the checkpoint's predictor lets through; off: all; "
-            "gate: all gates, and the rest where the gate fires. [default: as the model was made]",
-        ),
-        click.option(
-            "--kv-cache",
-            type=click.Choice(["f32", "f16"]),
-            help="Type of keys and values. [default: f32 for f32 weights, else f16]",
-        ),
-        click.option(
-            "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads. [default: physical cores]"
-        ),
-        cache_dir_option,
-    )
-    return _with(command, options)
-
-
+ram_option = click.option(
+    "--ram", type=Size(), metavar="SIZE", help="Promised peak of this process, e.g. 12G. [default: free]"
+)
+predictor_option = click.option(
+    "--predictor",
+    type=click.Choice(["mask", "off", "gate"]),
+    help="mask: compute only neurons that the checkpoint's predictor lets through; off: all; "
+    "gate: all gates, and the rest where the gate fires. [default: as the model was made]",
+)
+kv_cache_option = click.option(
+    "--kv-cache",
+    type=click.Choice(["f32", "f16"]),
+    help="Type of keys and values. [default: f32 for f32 weights, else f16]",
+)
+load_option = click.option(
+    "--load",
+    type=click.Choice(["anonymous", "mmap"]),
+    default="anonymous",
+    show_default=True,
+    help="anonymous: read the weights into this process's memory; mmap: leave them in their files, which "
+    "starts at once, computes slower, and lets the system drop what it needs the room for.",
+)
+threads_option = click.option(
+    "--threads", "-t", type=click.IntRange(1, 1024), metavar="N", help="CPU threads. [default: physical cores]"
+)
 cache_dir_option = click.option(
     "--cache-dir",
     type=click.Path(file_okay=False, path_type=Path),
     envvar="HYBRID_CACHE_DIR",
     help="Where converted models are kept. [default: the user's cache; env HYBRID_CACHE_DIR]",
 )
+
+
+def run_options(command: AnyCommand) -> AnyCommand:
+    """How much memory, context and machine a loaded model may use."""
+    context = click.option(
+        "--ctx",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Context (for perplexity: a window) in tokens. [default: the model's, at most 4096; perplexity: 512]",
+    )
+    options = (ram_option, context, predictor_option, kv_cache_option, load_option, threads_option, cache_dir_option)
+    return _with(command, options)
 
 
 def _with(command: AnyCommand, options: tuple[Callable[[AnyCommand], AnyCommand], ...]) -> AnyCommand:

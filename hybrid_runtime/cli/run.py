@@ -21,7 +21,7 @@ import click
 
 from hybrid_runtime import __version__
 from hybrid_runtime.cli.options import Size, model_options, run_options
-from hybrid_runtime.cli.program import run_program, say
+from hybrid_runtime.cli.program import run_program, say, without_collections
 from hybrid_runtime.errors import UsageError
 
 if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
@@ -52,6 +52,7 @@ class Settings:
     seed: int | None
     predictor: str | None
     kv_cache: str | None
+    load: str
     threads: int | None
     quant: str | None
     group: int | None
@@ -102,10 +103,11 @@ def _run(settings: Settings) -> int:
     prompt = _prompt_of(settings)
     for name, text in (("the prompt", prompt), ("--system", settings.system), ("--stop", "".join(settings.stop))):
         _refuse_broken_text(name, text or "")
-    from hybrid_runtime.cli.answer import answer_once, answer_repeatedly  # noqa: PLC0415  # imports torch
+    with without_collections():
+        from hybrid_runtime.cli.answer import answer_once, answer_repeatedly  # noqa: PLC0415  # imports torch
 
-    params = _sampling_params(settings)
-    engine = _load(settings)
+        params = _sampling_params(settings)
+        engine = _load(settings)
     if settings.system is not None and (settings.raw or engine.chat_template is None):
         why = "--raw leaves out" if settings.raw else f"{engine.store.manifest.model} has no"
         raise UsageError(f"--system: {why} the chat template that would carry it; leave --system out")
@@ -187,6 +189,7 @@ def _load(settings: Settings) -> Engine:
         num_positions=settings.ctx,
         predictor=settings.predictor,
         kv_dtype=settings.kv_cache,
+        load=settings.load,
         threads=settings.threads,
         cache_dir=settings.cache_dir,
         verbose=settings.verbose,

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import get_args
 
-from hybrid_kernels.activation import Activation, ActivationKind
+from hybrid_kernels.activation import Activation
+from hybrid_kernels.activation_kinds import ActivationKind
 from hybrid_runtime.errors import UnsupportedModel, UsageError
 from hybrid_runtime.families.raw_config import RawConfig
 

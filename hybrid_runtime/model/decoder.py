@@ -1,7 +1,12 @@
-"""The forward pass of every family: token ids in, logits out. Knows token ids and weights, never text or files."""
+"""The forward pass of every family: token ids in, logits out. Knows token ids and weights, never text or files.
+
+One token runs as a program of compiled kernels (token_program.py); several go through the layers one operation at a
+time, each over the whole batch.
+"""
 
 from __future__ import annotations
 
+import weakref
 from typing import Literal, get_args
 
 import torch
@@ -13,10 +18,13 @@ from hybrid_kernels.quantization.op import dequantize_rows
 from hybrid_kernels.rope.op import apply_rope
 from hybrid_kernels.routing.op import route
 from hybrid_kernels.sparse_ffn.op import sparse_ffn
+from hybrid_kernels.team import Team
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import UsageError
+from hybrid_runtime.model.counters import DecodeCounters
 from hybrid_runtime.model.kv_cache import KvCache
 from hybrid_runtime.model.rope_frequencies import rope_frequencies
+from hybrid_runtime.model.token_program import TokenProgram
 from hybrid_runtime.model.weights import DecoderLayer, DecoderWeights, FeedForward, Norm, Projection
 
 PredictorMode = Literal["mask", "off", "gate"]
@@ -42,12 +50,20 @@ def choose_predictor_mode(config: ModelConfig, wanted: PredictorMode | None) -> 
 
 
 class Decoder:
-    """One model ready to compute. Holds no state of a sequence: that is in the KvCache."""
+    """One model ready to compute. Holds no state of a sequence: that is in the KvCache.
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, predictor_mode: PredictorMode) -> None:
+    team: the threads that compute; one, where none is given. counters: what has been computed since they were reset.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights, predictor_mode: PredictorMode, team: Team | None = None
+    ) -> None:
         self.config = config
         self.weights = weights
         self.predictor_mode = predictor_mode
+        self.team = team or Team(1)
+        self.counters = DecodeCounters(self.team)
+        self._programs: weakref.WeakKeyDictionary[KvCache, TokenProgram] = weakref.WeakKeyDictionary()
 
     @torch.inference_mode()
     def forward(
@@ -58,6 +74,10 @@ class Decoder:
         prompt_end: where the prompt ends of which the tokens are one chunk; longrope rotates the first chunk by it too.
         """
         end = cache.length + len(tokens)
+        if len(tokens) == 1:
+            logits = self._program(cache).step(int(tokens[0]), cache.length, max(end, prompt_end)).unsqueeze(0)
+            cache.length = end
+            return logits.clone()
         positions = torch.arange(cache.length, end)
         rotation = self._rotation(max(end, prompt_end))
         x = self._embed(tokens, positions)  # [T, H]
@@ -65,7 +85,17 @@ class Decoder:
             x = self._layer(layer_idx, layer, x, positions, rotation, cache)
         cache.length += len(tokens)
         x = self._norm(x if all_logits else x[-1:], self.weights.norm)
-        return linear(x, self.weights.lm_head)
+        return linear(x, self.weights.lm_head, team=self.team)
+
+    def _program(self, cache: KvCache) -> TokenProgram:
+        """The program of one token with this cache, prepared once."""
+        program = self._programs.get(cache)
+        if program is None:
+            masks = self.predictor_mode == "mask"
+            program = TokenProgram(self.config, self.weights, cache, self.team, masks=masks)
+            self._programs[cache] = program
+            self.counters.watch(program, active_are_read=masks)
+        return program
 
     def _rotation(self, num_positions: int) -> Rotation | None:
         rope = self.config.rope
@@ -111,7 +141,7 @@ class Decoder:
     ) -> torch.Tensor:
         config = self.config
         query, keys, values = (
-            _project(x, projection).view(len(x), -1, config.head_dim)
+            self._project(x, projection).view(len(x), -1, config.head_dim)
             for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
         )  # [T, heads, D], [T, kv_heads, D] twice
         if rotation is not None and config.rotates(layer_idx):
@@ -119,7 +149,7 @@ class Decoder:
             keys = apply_rope(keys, positions, *rotation)
         keys, values = cache.append(layer_idx, keys, values)
         mixed = attention(query, keys, values, cache.length, config.window(layer_idx))  # [T, heads, D]
-        return _project(mixed.reshape(len(x), -1), layer.o_proj)
+        return self._project(mixed.reshape(len(x), -1), layer.o_proj)
 
     def _mixture(
         self, layer: DecoderLayer, x: torch.Tensor, router_input: torch.Tensor, predictor_input: torch.Tensor
@@ -128,7 +158,7 @@ class Decoder:
         config = self.config
         assert layer.router is not None
         experts, weights = route(
-            linear(router_input, layer.router),
+            linear(router_input, layer.router, team=self.team),
             config.num_experts_per_tok,
             config.router_score,
             normalize=config.normalize_expert_weights,
@@ -144,8 +174,8 @@ class Decoder:
         active = None
         if self.predictor_mode == "mask":
             assert ffn.predictor is not None
-            active = ffn.predictor.active(predictor_input)  # [T, I]
-        return sparse_ffn(x, ffn.bundles, self.config.activation, active, gate_first=self.predictor_mode == "gate")
+            active = ffn.predictor.active(predictor_input, self.team)  # [T, I]
+        return sparse_ffn(x, ffn.bundles, self.config.activation, active, team=self.team)
 
     def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         if self.config.norm == "rms":
@@ -153,6 +183,5 @@ class Decoder:
         assert norm.bias is not None
         return layer_norm(x, norm.weight, norm.bias, self.config.norm_eps)
 
-
-def _project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
-    return linear(x, projection.weight, projection.bias)
+    def _project(self, x: torch.Tensor, projection: Projection) -> torch.Tensor:
+        return linear(x, projection.weight, projection.bias, team=self.team)

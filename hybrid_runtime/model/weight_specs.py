@@ -8,8 +8,9 @@ from typing import Literal
 
 from hybrid_runtime.config import ModelConfig
 
-Role = Literal["vector", "matrix", "embedding", "head", "router", "neurons"]
-"""vector, router: always float32. embedding, head: kept a notch finer than the rest. neurons: part of a bundle."""
+Role = Literal["vector", "matrix", "embedding", "head", "shared_keys", "router", "neurons"]
+"""vector, router: always float32. neurons: part of a bundle. embedding, head, shared_keys: kept a notch finer than the
+rest; shared_keys is a k_proj whose heads are shared by several queries each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,8 @@ def _attention(name: str, config: ModelConfig) -> Iterator[WeightSpec]:
     hidden = config.hidden_size
     query, key_value = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     for projection, rows in (("q_proj", query), ("k_proj", key_value), ("v_proj", key_value)):
-        yield WeightSpec(f"{name}.{projection}", (rows, hidden), "matrix")
+        is_shared = projection == "k_proj" and config.num_key_value_heads < config.num_attention_heads
+        yield WeightSpec(f"{name}.{projection}", (rows, hidden), "shared_keys" if is_shared else "matrix")
         if config.qkv_bias:
             yield WeightSpec(f"{name}.{projection}.bias", (rows,), "vector")
     yield WeightSpec(f"{name}.o_proj", (hidden, query), "matrix")

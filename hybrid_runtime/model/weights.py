@@ -11,6 +11,7 @@ from hybrid_kernels.packed_matrix import Bundles, PackedMatrix
 from hybrid_predictors.mlp import MlpPredictor
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.model.weight_specs import ffn_names
+from hybrid_runtime.store.memory import LoadMode
 from hybrid_runtime.store.reader import Store, Weight
 
 
@@ -63,12 +64,12 @@ class DecoderWeights:
     lm_head: PackedMatrix
 
 
-def load_weights(store: Store) -> DecoderWeights:
-    """Read every part of the store into memory, each once."""
+def load_weights(store: Store, load: LoadMode = "anonymous") -> DecoderWeights:
+    """Every part of the store in memory once, or mapped."""
     config = store.manifest.config
-    embed, *layer_parts, head = store.manifest.parts
-    layers = tuple(_layer(config, layer_idx, dict(store.read_part(part))) for layer_idx, part in enumerate(layer_parts))
-    outer = dict(store.read_part(embed)) | dict(store.read_part(head))
+    embed, *layer_weights, head = store.read_parts(store.manifest.parts, load)
+    layers = tuple(_layer(config, layer_idx, weights) for layer_idx, weights in enumerate(layer_weights))
+    outer = embed | head
     embed_tokens = _matrix(outer, "embed_tokens")
     return DecoderWeights(
         embed_tokens=embed_tokens,

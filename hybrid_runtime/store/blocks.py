@@ -5,7 +5,9 @@ The one thing held whole is a down projection, as the checkpoint's own bytes, be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -13,11 +15,51 @@ from hybrid_kernels.quantization.op import quantize_rows
 from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_runtime.checkpoints.checkpoint import Checkpoint
 from hybrid_runtime.checkpoints.gguf_blocks import BLOCK_FORMATS
+from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import CheckpointError
 from hybrid_runtime.store.layout import Entry
 from hybrid_runtime.store.repack import can_repack, repack_rows
 
 BLOCK_WEIGHTS = 1 << 22  # 16 MiB as float32, and a few temporaries of that size
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointWeights:
+    """A published checkpoint as the WeightSource of a store."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def name(self) -> str:
+        """Its path."""
+        return str(self.checkpoint.path)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's description."""
+        return self.checkpoint.config
+
+    @property
+    def largest_held_bytes(self) -> int:
+        """Of the tensors that are held whole, as float32."""
+        checkpoint = self.checkpoint
+        return max(
+            4 * math.prod(info.shape)
+            for name, info in checkpoint.tensors.items()
+            if name.endswith(".down_proj") or name in checkpoint.interleaved_heads
+        )
+
+    def predictor_ranks(self) -> dict[str, int]:
+        """Width of each embedded predictor by its FFN's prefix."""
+        return self.checkpoint.predictor_ranks()
+
+    def fingerprint(self) -> str:
+        """Of the configuration and the files as they are at this moment."""
+        return self.checkpoint.fingerprint()
+
+    def blocks(self, entry: Entry) -> Iterator[torch.Tensor]:
+        """The entry's bytes in order, uint8. Raise CheckpointError naming the tensor that cannot be written so."""
+        return entry_blocks(self.checkpoint, entry)
 
 
 def entry_blocks(checkpoint: Checkpoint, entry: Entry) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""A checkpoint into a store, one part at a time, so that a kill at any moment costs at most the part being written.
+"""Weights into a store, one part at a time, so that a kill at any moment costs at most the part being written.
 
 Order of events, each durable before the next: a journal that marks the folder as unfinished; each part under a
 temporary name, synced, renamed, then named in the journal with its digest; the tokenizer; and last the manifest, which
@@ -21,14 +21,14 @@ from pathlib import Path
 
 import filelock
 
-from hybrid_runtime.checkpoints.checkpoint import Checkpoint
+from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import BudgetError, CheckpointError, HybridError, StoreError, UsageError
 from hybrid_runtime.progress import NoProgress, Progress
 from hybrid_runtime.sizes import format_bytes
-from hybrid_runtime.store.blocks import entry_blocks
 from hybrid_runtime.store.layout import Part, Quantization, lay_out
 from hybrid_runtime.store.manifest import DATA_PREFIX, FORMAT_VERSION, MANIFEST, Manifest, read_manifest
 from hybrid_runtime.store.reader import Store, open_store
+from hybrid_runtime.store.weight_source import WeightSource
 
 JOURNAL = "journal.jsonl"
 LOCK = ".lock"
@@ -46,30 +46,35 @@ _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Conversion:
     """What is converted into what. save_tokenizer writes the tokenizer's files into a folder that it is given."""
 
-    checkpoint: Checkpoint
+    source: WeightSource
     destination: Path
     quantization: Quantization
     model: str
     save_tokenizer: SaveTokenizer
 
     @property
+    def config(self) -> ModelConfig:
+        """The model's description."""
+        return self.source.config
+
+    @property
     def data(self) -> str:
-        """Name of the data folder, from the checkpoint's files as they are at this moment."""
+        """Name of the data folder, from the source as it is at this moment."""
         try:
-            return data_name(self.checkpoint, self.quantization)
+            return data_name(self.source, self.quantization)
         except OSError as error:
             raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}; fetch it again") from error
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The files that will be written."""
-        return lay_out(self.checkpoint.config, self.quantization, self.checkpoint.predictor_ranks())
+        return lay_out(self.config, self.quantization, self.source.predictor_ranks())
 
 
-def data_name(checkpoint: Checkpoint, quantization: Quantization) -> str:
+def data_name(source: WeightSource, quantization: Quantization) -> str:
     """Another source, quantisation or format goes into another data folder, so that they are never mixed."""
     weights = quantization.weights
-    key = f"{FORMAT_VERSION}:{checkpoint.fingerprint()}:{weights.kind}:{weights.group}"
+    key = f"{FORMAT_VERSION}:{source.fingerprint()}:{weights.kind}:{weights.group}"
     return DATA_PREFIX + hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -139,18 +144,18 @@ def _write_parts(conversion: Conversion, data: Path, finished: dict[str, str], p
         progress.start(f"{verb} {conversion.model}", sum(part.num_bytes for part in missing))
     try:
         for part in missing:
-            finished[part.file] = _write_part(conversion.checkpoint, data / part.file, part, progress)
+            finished[part.file] = _write_part(conversion.source, data / part.file, part, progress)
             _append_journal(data, part.file, finished[part.file])
     finally:
         progress.done()
 
 
-def _write_part(checkpoint: Checkpoint, path: Path, part: Part, progress: Progress) -> str:
+def _write_part(source: WeightSource, path: Path, part: Part, progress: Progress) -> str:
     """Write the whole part under a temporary name, then rename it; return its sha256."""
     temporary = path.with_suffix(TEMPORARY)
     digest = hashlib.sha256()
     with temporary.open("wb") as file:
-        for payload in _part_bytes(checkpoint, part):
+        for payload in _part_bytes(source, part):
             digest.update(payload)
             file.write(payload)
             progress.advance(len(payload))
@@ -163,11 +168,11 @@ def _write_part(checkpoint: Checkpoint, path: Path, part: Part, progress: Progre
     return digest.hexdigest()
 
 
-def _part_bytes(checkpoint: Checkpoint, part: Part) -> Iterator[bytes | memoryview]:
+def _part_bytes(source: WeightSource, part: Part) -> Iterator[bytes | memoryview]:
     position = 0
     for entry in part.entries:
         yield bytes(entry.offset - position)
-        for block in entry_blocks(checkpoint, entry):
+        for block in source.blocks(entry):
             yield block.contiguous().view(-1).numpy().data
         position = entry.offset + entry.num_bytes
 
@@ -188,17 +193,17 @@ def _write_tokenizer(conversion: Conversion, data: Path) -> None:
 
 
 def _write_manifest(conversion: Conversion, data: Path, digests: dict[str, str]) -> None:
-    checkpoint = conversion.checkpoint
+    source = conversion.source
     if conversion.data != data.name:
-        raise CheckpointError(f"{checkpoint.path}: changed while it was converted; convert it again when it is whole")
+        raise CheckpointError(f"{source.name}: changed while it was converted; convert it again when it is whole")
     manifest = Manifest(
         model=conversion.model,
-        config=checkpoint.config,
+        config=source.config,
         quantization=conversion.quantization,
-        predictor_ranks=checkpoint.predictor_ranks(),
+        predictor_ranks=source.predictor_ranks(),
         data=data.name,
         sha256={part.file: digests[part.file] for part in conversion.parts},
-        source=checkpoint.fingerprint(),
+        source=source.fingerprint(),
     )
     temporary = conversion.destination / (MANIFEST + TEMPORARY)
     temporary.write_text(manifest.to_json())
@@ -220,7 +225,7 @@ def _is_done(conversion: Conversion) -> bool:
 
 
 def _has_tokenizer(conversion: Conversion, data: Path) -> bool:
-    """Whether the tokenizer that the checkpoint has now, which the data folder's name says nothing of, is there."""
+    """Whether the tokenizer that the source has now, which the data folder's name says nothing of, is there."""
     folder = data / TOKENIZER
     if not folder.is_dir():
         return False

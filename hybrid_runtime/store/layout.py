@@ -67,23 +67,24 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What the caller asked for: `weights` for most of the model; embedding and head stay at 8 bits under q4.
+    """What the caller asked for: `weights` for most of the model; some stay at 8 bits under q4.
 
-    They are a small share of the bytes (a token reads one row of the embedding), and of the error a large one.
+    Embedding and head are a small share of the bytes (a token reads one row of the embedding), and of the error a large
+    one. So are keys that several queries share: each of those sees a key's error, and a softmax raises e to it.
     """
 
     weights: RowFormat
 
     @property
-    def embedding(self) -> RowFormat:
-        """The format of the embedding and the head."""
+    def finer(self) -> RowFormat:
+        """The format of the embedding, the head and shared keys."""
         return RowFormat("q8", self.weights.group) if self.weights.kind == "q4" else self.weights
 
     def format_of(self, role: str) -> RowFormat:
         """The format of a weight with this role (weight_specs.Role)."""
         if role in ("vector", "router"):
             return F32
-        return self.embedding if role in ("embedding", "head") else self.weights
+        return self.finer if role in ("embedding", "head", "shared_keys") else self.weights
 
 
 def lay_out(config: ModelConfig, quantization: Quantization, predictor_ranks: Mapping[str, int]) -> tuple[Part, ...]:

@@ -14,7 +14,7 @@ from hybrid_runtime.store.layout import Part, Quantization, lay_out
 from hybrid_runtime.strict_json import parse_json_object
 
 FORMAT_NAME = "hybrid-runtime store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "store.json"
 DATA_PREFIX = "data-"
 LARGEST_MANIFEST_BYTES = 64 << 20
@@ -72,7 +72,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         if is_store(folder):
             raise IncompleteStore(
-                f"{folder}: its conversion has not finished; run the same hybrid-convert command again to resume it"
+                f"{folder}: its conversion has not finished; run the same hybrid-convert command again to resume it "
+                "(hybrid-synth, if that began it)"
             )
         raise StoreError(f"{folder}: has no {MANIFEST}; it is not a store")
     if path.stat().st_size > LARGEST_MANIFEST_BYTES:

@@ -1,9 +1,9 @@
-"""A store opened for reading: parts as tensors in anonymous memory, sizes checked before anything is allocated."""
+"""A store opened for reading: its parts as tensors, sizes checked before anything is read."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from hybrid_kernels.packed_matrix import Bundles, PackedMatrix
 from hybrid_runtime.errors import StoreError
 from hybrid_runtime.store.layout import Entry, Part
 from hybrid_runtime.store.manifest import Manifest, read_manifest
+from hybrid_runtime.store.memory import LoadMode, anonymous_block, mapped_block
+from hybrid_runtime.store.parallel_read import READ_THREADS, Filling, belongs_in_page_cache, fill
 
 Weight = torch.Tensor | PackedMatrix | Bundles
 HASH_CHUNK_BYTES = 1 << 22
@@ -40,22 +42,29 @@ class Store:
         """Bytes of all parts, which is what the weights take in memory."""
         return sum(part.num_bytes for part in self.manifest.parts)
 
+    def read_parts(
+        self, parts: Sequence[Part], load: LoadMode = "anonymous", num_threads: int = READ_THREADS
+    ) -> list[dict[str, Weight]]:
+        """Each part's weights by canonical name, as views of one block of memory a part.
+
+        num_threads: readers that fill anonymous memory. Raises StoreError for a part that is no longer whole.
+        """
+        paths = [self.data_folder / part.file for part in parts]
+        if load == "mmap":
+            blocks = [mapped_block(path, part.num_bytes) for path, part in zip(paths, parts, strict=True)]
+        else:
+            blocks = [anonymous_block(part.num_bytes) for part in parts]
+            past_cache = not belongs_in_page_cache(self.num_bytes)
+            fill(list(map(Filling, paths, blocks)), past_cache=past_cache, num_threads=num_threads)
+        return [
+            {entry.name: _view(block, entry) for entry in part.entries}
+            for part, block in zip(parts, blocks, strict=True)
+        ]
+
     def read_part(self, part: Part) -> Iterator[tuple[str, Weight]]:
-        """The part's weights by canonical name, as views of one block of anonymous memory."""
-        path = self.data_folder / part.file
-        block = torch.empty(part.num_bytes, dtype=torch.uint8)
-        with path.open("rb", buffering=0) as file:
-            view = block.numpy().data.cast("B")
-            filled = 0
-            while filled < part.num_bytes:
-                count = file.readinto(view[filled:])
-                if not count:
-                    raise StoreError(
-                        f"{path}: ends at byte {filled}, expected {part.num_bytes}; convert the model again"
-                    )
-                filled += count
-        for entry in part.entries:
-            yield entry.name, _view(block, entry)
+        """One part's weights by canonical name."""
+        (weights,) = self.read_parts([part])
+        yield from weights.items()
 
     def verify(self) -> None:
         """Read everything and raise StoreError for the first part whose digest is not the manifest's."""

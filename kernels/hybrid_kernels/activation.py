@@ -13,25 +13,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch.nn import functional
 
-ActivationKind = Literal[
-    "silu_glu",
-    "gelu_glu",
-    "gelu_tanh_glu",
-    "relu_glu",
-    "drelu",
-    "fatrelu",
-    "relu2_glu",
-    "relu",
-    "relu2",
-    "gelu",
-    "silu",
-]
-ACTIVATION_KINDS: tuple[ActivationKind, ...] = get_args(ActivationKind)
+from hybrid_kernels.activation_kinds import ACTIVATION_KINDS, ActivationKind
 
 _GATED = frozenset({"silu_glu", "gelu_glu", "gelu_tanh_glu", "relu_glu", "drelu", "fatrelu", "relu2_glu"})
 _SPARSE_GATE = frozenset({"relu_glu", "drelu", "fatrelu", "relu2_glu"})

@@ -14,6 +14,7 @@ import torch
 
 from hybrid_kernels.linear.op import linear
 from hybrid_kernels.packed_matrix import PackedMatrix
+from hybrid_kernels.team import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,11 @@ class MlpPredictor:
         """Width of the hidden layer; differs from layer to layer in real checkpoints."""
         return self.fc1.num_rows
 
-    def logits(self, predictor_input: torch.Tensor) -> torch.Tensor:
+    def logits(self, predictor_input: torch.Tensor, team: Team) -> torch.Tensor:
         """predictor_input: [T, H] float32 -> [T, I] float32."""
-        return linear(torch.relu(linear(predictor_input, self.fc1)), self.fc2)
+        hidden = torch.relu(linear(predictor_input, self.fc1, team=team))  # [T, rank]
+        return linear(hidden, self.fc2, team=team)
 
-    def active(self, predictor_input: torch.Tensor) -> torch.Tensor:
+    def active(self, predictor_input: torch.Tensor, team: Team) -> torch.Tensor:
         """predictor_input: [T, H] float32 -> bool [T, I]: the active set of each token."""
-        return self.logits(predictor_input) > self.threshold
+        return self.logits(predictor_input, team) > self.threshold

@@ -295,3 +295,24 @@ def test_quantised_stores_speak_too(load, models, quant):
     assert engine.store.manifest.quantization.weights.kind == quant
     assert str(engine.sequence.cache.keys.dtype) == "torch.float16"
     assert text_of(engine, "Hello")
+
+
+def test_q8_keys_and_values_leave_the_logits_nearly_as_they_are(models, tmp_path):
+    """Against f16 ones: text comes, and what the model expects of each token is off by a percent or two."""
+    folder = write_model(tmp_path / "wide", LLAMA | {"head_dim": 32})
+    engines = [
+        Engine.load(str(folder), LoadOptions(cache_dir=models / "cache", num_positions=256, kv_dtype=dtype))
+        for dtype in ("f16", "q8")
+    ]
+    ids = engines[0].encode(LONG)
+    expected, found = (engine.logits(ids).log_softmax(dim=1) for engine in engines)
+    losses = [-logits[range(len(ids) - 1), ids[1:]].mean().item() for logits in (expected, found)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert text_of(engines[1], "Hello")
+    assert engines[1].last_report.generated_tokens > 0
+
+
+def test_q8_keys_and_values_of_narrow_heads_are_refused_by_name(load):
+    with pytest.raises(UsageError, match="--kv-cache q8: head_dim 8 is not a multiple of 32; use f16"):
+        load(kv_dtype="q8")

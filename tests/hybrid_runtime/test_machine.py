@@ -212,6 +212,21 @@ def test_the_peak_follows_an_allocation_and_outlives_it(tmp_path, emptied):
         assert before <= peak - (256 << 20) + slack
 
 
+def test_huge_pages_are_counted_where_the_system_tells(tmp_path):
+    assert (
+        machine.huge_page_bytes(tree(tmp_path, {"proc/self/smaps_rollup": "x\nAnonHugePages:    4096 kB\n"})) == 4 << 20
+    )
+    assert machine.huge_page_bytes(tmp_path / "nothing") == 0
+
+
+def test_the_peak_can_begin_anew_where_the_system_can():
+    torch.zeros(1 << 24)  # 64 MiB, gone at once
+    before = machine.peak_rss_bytes()
+    if machine.reset_peak_rss():
+        assert machine.peak_rss_bytes() < before - (1 << 24)
+    assert not machine.reset_peak_rss(Path("/nowhere"))
+
+
 def test_without_proc_other_sources_answer_alike(tmp_path):
     assert machine.total_ram_bytes(tmp_path) == psutil.virtual_memory().total
     assert machine.ram_limit_bytes(tmp_path) == psutil.virtual_memory().total

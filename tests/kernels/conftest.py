@@ -1,6 +1,5 @@
 """Uninitialised memory that shows, an independent reader of packed rows, and random bundles."""
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -13,18 +12,16 @@ from hybrid_kernels.quantization.reference import quantize_rows
 def _same_circumstances():
     """The same numbers in every run, and NaN from torch.empty: what is not written cannot look right by luck.
 
-    One thread: beside another test process, threads wait for each other longer than these small sums take.
+    One thread of torch's: beside another test process, threads wait for each other longer than these small sums take.
     """
     torch.default_generator.manual_seed(0)  # torch.manual_seed formats a stack trace for every accelerator
-    torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
+    torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    numba.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(torch_threads)
-    numba.set_num_threads(numba_threads)
 
 
 @pytest.fixture

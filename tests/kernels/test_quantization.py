@@ -37,6 +37,15 @@ def outliers(*shape) -> torch.Tensor:
     return gaussian(*shape) * torch.where(torch.rand(shape) < 0.01, 20, 1)
 
 
+@pytest.fixture(autouse=True)
+def _one_numba_thread():
+    """As conftest.py wants it of torch."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    yield
+    numba.set_num_threads(before)
+
+
 distributions = pytest.mark.parametrize("draw", [gaussian, laplace, uniform, outliers])
 
 

@@ -1,10 +1,15 @@
-"""Expert routing against a plain sort in numpy."""
+"""Expert routing against a plain sort in numpy, and the kernel of one token against the reference."""
 
 import numpy as np
 import pytest
 import torch
 
+from hybrid_kernels.native.arguments import words
+from hybrid_kernels.native.kernel_names import kernel
+from hybrid_kernels.routing import layout
 from hybrid_kernels.routing.op import route
+from hybrid_kernels.routing.reference import ROUTER_SCORES
+from hybrid_kernels.team import Operation
 
 SHAPES = {
     "T1-E1-k1": (1, 1, 1),
@@ -63,3 +68,52 @@ def test_an_unknown_score_is_refused():
 def test_counts_that_no_logits_have_are_refused(shape, k):
     with pytest.raises(ValueError, match=rf"{k} experts per token from logits of shape \({shape[0]},"):
         route(torch.zeros(shape), k, "softmax")
+
+
+def routed_by_the_kernel(team, logits, k, score, *, normalize):
+    """logits: [E] -> experts [k], ascending, and their weights."""
+    experts, weights = np.full(k, -1, dtype=np.int64), np.full(k, np.nan, dtype=np.float32)
+    values = {
+        layout.LOGITS: logits,
+        layout.NUM_EXPERTS: len(logits),
+        layout.NUM_CHOSEN: k,
+        layout.SCORE: ROUTER_SCORES.index(score),
+        layout.NORMALIZE: int(normalize),
+        layout.CHOSEN: experts,
+        layout.WEIGHTS: weights,
+    }
+    team.run(team.program([Operation(kernel("route"), "route", words(layout.NUM_WORDS, values))]))
+    return experts, weights
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "k"), SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("score", ROUTER_SCORES)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_kernel_is_the_reference_in_the_order_of_experts(num_tokens, num_experts, k, score, normalize, team):
+    logits = torch.randn(num_tokens, num_experts) * 3
+    experts, weights = route(logits, k, score, normalize=normalize)
+    for token in range(num_tokens):
+        order = experts[token].argsort()
+        found = routed_by_the_kernel(team, logits[token].clone(), k, score, normalize=normalize)
+        assert np.array_equal(found[0], experts[token][order].numpy())
+        # exp, a sum of at most 33 terms and a division, each good to about 6e-8 of its result
+        np.testing.assert_allclose(found[1], weights[token][order].numpy(), rtol=2e-6)
+
+
+@pytest.mark.parametrize("score", ROUTER_SCORES)
+def test_among_equals_the_kernel_takes_the_first(score, team):
+    """torch.topk leaves that open; the weights are the same whichever it takes."""
+    logits = torch.tensor([1.0, 3.0, 2.0, 3.0, 3.0, 2.0])
+    experts, weights = routed_by_the_kernel(team, logits.clone(), 4, score, normalize=True)
+    assert experts.tolist() == [1, 2, 3, 4]
+    expected = route(logits[None], 4, score)[1][0]
+    np.testing.assert_allclose(np.sort(weights), expected.sort().values.numpy(), rtol=2e-6)
+    assert routed_by_the_kernel(team, torch.zeros(5), 2, score, normalize=True)[0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("score", ROUTER_SCORES)
+def test_large_logits_do_not_overflow_the_kernel(score, team):
+    experts, weights = routed_by_the_kernel(team, torch.tensor([1e4, -1e4, 9.9e3, 0.0]), 2, score, normalize=True)
+    assert experts.tolist() == [0, 2]
+    assert np.isfinite(weights).all()
+    assert weights.sum() == pytest.approx(1)

@@ -1,99 +1,138 @@
-"""The reference's product, compiled: packed rows meet float32 vectors in registers, or are unpacked for a batch.
+"""The reference's product for one vector, compiled: packed rows meet it in registers.
 
-Bound by the bytes of the packed weights for a few tokens, by the multiplication in torch for many. Rows are shared out
-among threads in blocks; each output is one thread's, so results do not depend on how many there are.
+Bound by the bytes of the rows. Workers draw blocks of rows; every output is one worker's, so results do not depend on
+how many there are.
 """
 
 from __future__ import annotations
 
 import numba
 import numpy as np
-import torch
 
-from hybrid_kernels.compiled import compiled
-from hybrid_kernels.linear import reference
-from hybrid_kernels.linear.op import SMALLEST_COMPILED
-from hybrid_kernels.packed_matrix import PackedMatrix
-from hybrid_kernels.row_simd import format_code, num_groups, row_dot, row_unpack, vector_columns
-
-MOST_DOTS = 32  # tokens: above, unpacking a block once and multiplying it in torch is faster
-ROWS_PER_TASK = 64
-BLOCK_WEIGHTS = 1 << 22  # 16 MiB of float32: torch multiplies smaller blocks slowly
-
-
-def linear(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x: [T, K] float32; weight: [N, K]; bias: [N] float32 -> [T, N] float32."""
-    if weight.row_format.kind == "f32" or weight.num_rows * weight.columns < SMALLEST_COMPILED:
-        return reference.linear(x, weight, bias)
-    output = torch.empty(len(x), weight.num_rows)
-    if len(x) <= MOST_DOTS:
-        _dots(x, weight, output)
-    else:
-        _blocks(x, weight, output)
-    return output if bias is None else output.add_(bias)
-
-
-def unpack_rows(weight: PackedMatrix, output: torch.Tensor) -> None:
-    """Write the weights of N rows to output: float32 [N, vector_columns], contiguous."""
-    row_format = weight.row_format
-    _unpack_kernel(
-        format_code(row_format),
-        weight.rows.data_ptr(),
-        weight.rows.stride(0),
-        row_format.value_bytes(weight.columns),
-        num_groups(row_format, weight.columns),
-        output.numpy(),
-    )
-
-
-def padded_vectors(x: torch.Tensor, weight: PackedMatrix) -> torch.Tensor:
-    """x: [T, K] -> contiguous float32 [T, vector_columns], zeros appended."""
-    padding = vector_columns(weight.row_format, weight.columns) - weight.columns
-    return torch.nn.functional.pad(x, (0, padding)).contiguous()
+from hybrid_kernels.linear.layout import (
+    BIAS,
+    CHOSEN,
+    MATRICES,
+    MATRIX_COLUMNS,
+    MATRIX_GROUPS,
+    MATRIX_VALUE_BYTES,
+    MATRIX_VECTOR_COLUMNS,
+    MATRIX_WORDS,
+    NUM_MATRICES,
+    NUM_ROWS,
+    OUTPUT,
+    OUTPUT_KIND,
+    OUTPUT_WORDS,
+    OUTPUTS,
+    RELU,
+    RESIDUAL,
+    ROWS,
+    ROWS_PER_TASK,
+    SELECT,
+    STRIDE,
+    THRESHOLD,
+)
+from hybrid_kernels.native.input_layout import (
+    COLUMNS,
+    GROUPS,
+    INPUT_STRIDE,
+    INPUT_WORDS,
+    SCRATCH,
+    SCRATCH_STRIDE,
+    VALUE_BYTES,
+    VECTOR_COLUMNS,
+)
+from hybrid_kernels.native.inputs import prepare_input, rows_times_input, scratch_behind_vector
+from hybrid_kernels.native.memory_access import atomic_add, get_f32, get_i64, put_f32, put_i32, put_i64
+from hybrid_kernels.simd.vectors import add_values
 
 
-def _dots(x: torch.Tensor, weight: PackedMatrix, output: torch.Tensor) -> None:
-    row_format = weight.row_format
-    _dot_kernel(
-        format_code(row_format),
-        weight.rows.data_ptr(),
-        weight.rows.stride(0),
-        row_format.value_bytes(weight.columns),
-        num_groups(row_format, weight.columns),
-        padded_vectors(x, weight).numpy(),
-        output.numpy(),
-    )
+def project(arguments: int, worker: int, counter: int) -> None:
+    """Rows of one or several matrices of one format times a vector, which each worker norms and quantises itself."""
+    num_matrices, rows_per_task = get_i64(arguments, NUM_MATRICES), get_i64(arguments, ROWS_PER_TASK)
+    prepared = -1
+    matrix_idx, tasks_before = 0, 0
+    matrix = _matrix(arguments, 0)
+    tasks = (get_i64(matrix, NUM_ROWS) + rows_per_task - 1) // rows_per_task
+    while True:
+        task = atomic_add(counter, 1)
+        while task - tasks_before >= tasks:
+            tasks_before += tasks
+            matrix_idx += 1
+            if matrix_idx == num_matrices:
+                return
+            matrix = _matrix(arguments, matrix_idx)
+            tasks = (get_i64(matrix, NUM_ROWS) + rows_per_task - 1) // rows_per_task
+        if matrix_idx != prepared:
+            if prepared < 0 or get_i64(arguments, INPUT_STRIDE) != 0:
+                _copy_input(arguments, worker, matrix)
+                prepare_input(_input_of(arguments, worker), worker, matrix_idx)
+            prepared = matrix_idx
+        first = (task - tasks_before) * rows_per_task
+        last = min(first + rows_per_task, get_i64(matrix, NUM_ROWS))
+        output = get_i64(arguments, OUTPUTS) + matrix_idx * OUTPUT_WORDS * 8
+        if get_i64(arguments, OUTPUT_KIND) == SELECT:
+            _select_rows(arguments, worker, matrix, output, first, last)
+        else:
+            _store_rows(arguments, worker, matrix, output, first, last)
 
 
-def _blocks(x: torch.Tensor, weight: PackedMatrix, output: torch.Tensor) -> None:
-    width = vector_columns(weight.row_format, weight.columns)
-    step = max(1, BLOCK_WEIGHTS // width)
-    scratch = torch.empty(min(step, weight.num_rows), width)
-    for start in range(0, weight.num_rows, step):
-        stop = min(start + step, weight.num_rows)
-        block = scratch[: stop - start]
-        unpack_rows(weight.slice_rows(start, stop), block)
-        torch.mm(x, block[:, : weight.columns].T, out=output[:, start:stop])
+@numba.njit(error_model="numpy")
+def _matrix(arguments: int, matrix_idx: int) -> int:
+    """Address of the record of the matrix_idx-th matrix that is wanted."""
+    chosen = get_i64(arguments, CHOSEN)
+    record = matrix_idx if chosen == 0 else get_i64(chosen, matrix_idx)
+    return get_i64(arguments, MATRICES) + record * MATRIX_WORDS * 8
 
 
-@compiled(parallel=True)
-def _dot_kernel(
-    code: int, rows: int, stride: int, value_bytes: int, groups: int, x: np.ndarray, output: np.ndarray
-) -> None:
-    """x: [T, vector_columns]; output: [T, N]; rows: address of N rows, stride bytes apart."""
-    num_rows = output.shape[1]
-    for task in numba.prange((num_rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK):
-        for row_idx in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, num_rows)):
-            row = rows + row_idx * stride
-            for token in range(x.shape[0]):
-                output[token, row_idx] = row_dot(code, row, row + value_bytes, x[token].ctypes.data, groups)
+@numba.njit(error_model="numpy")
+def _input_of(arguments: int, worker: int) -> int:
+    """Address of the worker's own copy of the input's words."""
+    return get_i64(arguments, SCRATCH) + (worker + 1) * get_i64(arguments, SCRATCH_STRIDE) - 8 * INPUT_WORDS
 
 
-@compiled(parallel=True)
-def _unpack_kernel(code: int, rows: int, stride: int, value_bytes: int, groups: int, output: np.ndarray) -> None:
-    """output: [N, vector_columns]; rows: address of N rows, stride bytes apart."""
-    num_rows = output.shape[0]
-    for task in numba.prange((num_rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK):
-        for row_idx in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, num_rows)):
-            row = rows + row_idx * stride
-            row_unpack(code, row, row + value_bytes, output[row_idx].ctypes.data, groups)
+@numba.njit(error_model="numpy")
+def _copy_input(arguments: int, worker: int, matrix: int) -> None:
+    """Copy the input's words, with the matrix's own widths."""
+    own = _input_of(arguments, worker)
+    for word in range(INPUT_WORDS):
+        put_i64(own, word, get_i64(arguments, word))
+    put_i64(own, COLUMNS, get_i64(matrix, MATRIX_COLUMNS))
+    put_i64(own, VECTOR_COLUMNS, get_i64(matrix, MATRIX_VECTOR_COLUMNS))
+    put_i64(own, GROUPS, get_i64(matrix, MATRIX_GROUPS))
+    put_i64(own, VALUE_BYTES, get_i64(matrix, MATRIX_VALUE_BYTES))
+
+
+@numba.njit(error_model="numpy")
+def _products(arguments: int, worker: int, matrix: int, first: int, last: int, output: int) -> None:
+    """Products of the rows first ... last - 1, biases added."""
+    stride, bias = get_i64(matrix, STRIDE), get_i64(matrix, BIAS)
+    row = get_i64(matrix, ROWS) + first * stride
+    rows_times_input(_input_of(arguments, worker), worker, row, stride, last - first, output)
+    if bias != 0:
+        add_values(bias + 4 * first, output, last - first)
+
+
+@numba.njit(error_model="numpy")
+def _store_rows(arguments: int, worker: int, matrix: int, output: int, first: int, last: int) -> None:
+    residual, values = get_i64(output, RESIDUAL), get_i64(output, OUTPUT) + 4 * first
+    _products(arguments, worker, matrix, first, last, values)
+    if residual != 0:
+        add_values(residual + 4 * first, values, last - first)
+    if get_i64(arguments, OUTPUT_KIND) == RELU:
+        for idx in range(last - first):
+            if get_f32(values, idx) < np.float32(0.0):
+                put_f32(values, idx, np.float32(0.0))
+
+
+@numba.njit(error_model="numpy")
+def _select_rows(arguments: int, worker: int, matrix: int, output: int, first: int, last: int) -> None:
+    """A block of SELECT has ROWS_PER_TASK rows, which MOST_SELECTED allows for."""
+    threshold, products = get_f32(arguments, 2 * THRESHOLD), scratch_behind_vector(_input_of(arguments, worker), worker)
+    _products(arguments, worker, matrix, first, last, products)
+    selected, count = get_i64(output, OUTPUT), 0
+    for row_idx in range(first, last):
+        if get_f32(products, row_idx - first) > threshold:
+            put_i32(selected, first + count, row_idx)
+            count += 1
+    put_i64(get_i64(output, RESIDUAL), first // get_i64(arguments, ROWS_PER_TASK), count)

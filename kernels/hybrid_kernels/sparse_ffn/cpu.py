@@ -1,228 +1,193 @@
-"""The sparse feed-forward network, compiled: reads no bundle that is not active, and of those only rows it needs.
+"""The sparse feed-forward network for one token, compiled: reads no bundle that is not active, and only rows it needs.
 
 Bound by the bytes of the active bundles. A gate that does not fire spares its up and down rows, an up value that makes
 the neuron zero spares its down row. Active neurons are cut into a fixed number of shares, each with an output of its
-own, which are summed in order: results do not depend on the number of threads. A batch of tokens goes through torch in
-blocks of neurons instead, since together its tokens activate most of them.
+own, which `sum_shares` adds in order: results do not depend on the number of workers. Down rows wait until there are
+MOST_ROWS of them, because the output is read and written once a pass.
 """
 
 from __future__ import annotations
 
-import math
-
 import numba
 import numpy as np
-import torch
 
-from hybrid_kernels.activation import ACTIVATION_KINDS, Activation, activate, gate_fires
-from hybrid_kernels.compiled import compiled
-from hybrid_kernels.linear.cpu import linear, padded_vectors, unpack_rows
-from hybrid_kernels.linear.op import SMALLEST_COMPILED
-from hybrid_kernels.packed_matrix import Bundles
-from hybrid_kernels.row_simd import format_code, num_groups, row_axpy4, row_dot, vector_columns
-from hybrid_kernels.sparse_ffn import reference
+from hybrid_kernels.native.input_layout import CODE, GROUPS, MOST_ROWS, ROW_SCRATCH_BYTES, VALUE_BYTES, VECTOR_COLUMNS
+from hybrid_kernels.native.inputs import prepare_input, row_times_input, row_times_input_ahead, scratch_behind_vector
+from hybrid_kernels.native.memory_access import atomic_add, get_f32, get_i32, get_i64, put_f32, put_i32, put_i64
+from hybrid_kernels.row_codes import FIRST_QUANTIZED
+from hybrid_kernels.simd.float_rows import row_axpy4
+from hybrid_kernels.simd.int8_add import SCRATCH_BYTES, int8_add_rows
+from hybrid_kernels.simd.vectors import fill_zeros
+from hybrid_kernels.sparse_ffn.cpu_activation import activate, is_silenced
+from hybrid_kernels.sparse_ffn.layout import (
+    ACTIVATION,
+    BLOCK,
+    BUNDLE_STRIDE,
+    BUNDLE_WORDS,
+    BUNDLES,
+    CHOSEN,
+    COUNTS,
+    DATA,
+    GATE_BIAS,
+    HAS_GATE,
+    NUM_NEURONS,
+    NUM_SHARES,
+    NUM_SLOTS,
+    READ_ROWS,
+    ROW_STRIDE,
+    SELECTED,
+    SHARES,
+    THRESHOLD,
+    UP_BIAS,
+)
 
-MOST_TOKENS = 8  # above, tokens share enough neurons for a batch over blocks of them
-NUM_SHARES = 16  # more than threads, so that others catch up with a slow one
-BLOCK_WEIGHTS = 1 << 22  # of each part of a bundle: 16 MiB of float32
-WORTHWHILE_SHARE = 0.7  # above this share of active neurons, gathering costs more than the rows it saves
+LIST_OFFSET = 3072  # behind the waiting rows' addresses, factors and int8_add_rows's scratch
+MOST_LISTED = (ROW_SCRATCH_BYTES - LIST_OFFSET) // 4
+assert 12 * MOST_ROWS + SCRATCH_BYTES <= LIST_OFFSET
 
 
-def sparse_ffn(
-    x: torch.Tensor,
-    bundles: Bundles,
-    activation: Activation,
-    active: torch.Tensor | None = None,
-    *,
-    gate_first: bool = False,
-) -> torch.Tensor:
-    """x: [T, H] float32; active: [T, I] bool, or None for every neuron -> [T, H] float32."""
-    is_small = bundles.num_neurons * bundles.hidden_size < SMALLEST_COMPILED
-    if len(x) <= MOST_TOKENS and not is_small:
-        output = _token_by_token(x, bundles, activation, active)  # stops at gates whether or not it is asked to
+def run_neurons(arguments: int, worker: int, counter: int) -> None:
+    """Every share of every network; see the module."""
+    num_shares = get_i64(arguments, NUM_SHARES)
+    is_prepared = False
+    while True:
+        task = atomic_add(counter, 1)
+        if task >= num_shares * get_i64(arguments, NUM_SLOTS):
+            return
+        if not is_prepared:
+            prepare_input(arguments, worker, 0)
+            is_prepared = True
+        slot = task // num_shares
+        _run_share(arguments, worker, slot, task - slot * num_shares)
+
+
+@numba.njit(error_model="numpy")
+def _run_share(arguments: int, worker: int, slot: int, share: int) -> None:
+    num_shares, width = get_i64(arguments, NUM_SHARES), get_i64(arguments, VECTOR_COLUMNS)
+    y = get_i64(arguments, SHARES) + (slot * num_shares + share) * width * 4
+    fill_zeros(y, 0, width)
+    chosen = get_i64(arguments, CHOSEN)
+    network = get_i64(arguments, BUNDLES) + (0 if chosen == 0 else get_i64(chosen, slot)) * BUNDLE_WORDS * 8
+    if get_i64(arguments, SELECTED) == 0:
+        num_neurons = get_i64(arguments, NUM_NEURONS)
+        first, last = num_neurons * share // num_shares, num_neurons * (share + 1) // num_shares
+        _run_range(arguments, worker, network, y, first, last)
     else:
-        if gate_first and activation.gate_decides:
-            fires = gate_fires(activation, linear(x, bundles.gate_proj, bundles.gate_bias))  # [T, I]
-            active = fires if active is None else active & fires
-        output = _over_blocks(x, bundles, activation, active)
-    return output if bundles.down_bias is None else output + bundles.down_bias
+        _run_selected(arguments, worker, network, y, slot, share)
 
 
-def _over_blocks(
-    x: torch.Tensor, bundles: Bundles, activation: Activation, active: torch.Tensor | None
-) -> torch.Tensor:
-    """Sum the contributions of the neurons that any token activates, a block at a time in ascending order."""
-    union = None
-    if active is not None:
-        neurons = active.any(dim=0).nonzero().squeeze(1)  # [N], sorted
-        union = neurons if len(neurons) < WORTHWHILE_SHARE * bundles.num_neurons else None
-    output = torch.zeros_like(x)
-    step = max(1, BLOCK_WEIGHTS // bundles.hidden_size)
-    for start in range(0, bundles.num_neurons if union is None else len(union), step):
-        block = slice(start, start + step) if union is None else union[start : start + step]
-        output += _block(x, bundles.take(block), activation, None if active is None else active[:, block])
-    return output
+@numba.njit(error_model="numpy")
+def _run_range(arguments: int, worker: int, network: int, y: int, first: int, last: int) -> None:
+    waiting = 0
+    for neuron in range(first, last):
+        waiting = _run_neuron(arguments, worker, network, y, neuron, neuron + 1, waiting)
+    if waiting > 0:
+        _add_waiting(arguments, worker, y, waiting)
 
 
-def _block(x: torch.Tensor, bundles: Bundles, activation: Activation, active: torch.Tensor | None) -> torch.Tensor:
-    """x: [T, H]; a block of neurons [B]; active: [T, B] -> [T, H], the block's share of the output."""
-    if bundles.num_neurons * bundles.hidden_size < SMALLEST_COMPILED:
-        return reference.sparse_ffn(x, bundles, activation, active)
-    gate = linear(x, bundles.gate_proj, bundles.gate_bias) if bundles.has_gate else None  # [T, B]
-    hidden = activate(activation, gate, linear(x, bundles.up_proj, bundles.up_bias))
-    if active is not None:
-        hidden = hidden * active
-    down = bundles.down_proj_t
-    weights = torch.empty(bundles.num_neurons, vector_columns(down.row_format, down.columns))
-    unpack_rows(down, weights)
-    return hidden @ weights[:, : down.columns]
+@numba.njit(error_model="numpy")
+def _run_selected(arguments: int, worker: int, network: int, y: int, slot: int, share: int) -> None:
+    """The share's part of the selected neurons, which lie in blocks with gaps between them."""
+    num_neurons, block_size = get_i64(arguments, NUM_NEURONS), get_i64(arguments, BLOCK)
+    num_blocks = (num_neurons + block_size - 1) // block_size
+    counts = get_i64(arguments, COUNTS) + slot * num_blocks * 8
+    selected = get_i64(arguments, SELECTED) + slot * num_neurons * 4
+    total = 0
+    for block in range(num_blocks):
+        total += get_i64(counts, block)
+    num_shares = get_i64(arguments, NUM_SHARES)
+    first, last = total * share // num_shares, total * (share + 1) // num_shares
+    listed = scratch_behind_vector(arguments, worker) + LIST_OFFSET
+    before, waiting, num_listed = 0, 0, 0
+    for block in range(num_blocks):
+        count = get_i64(counts, block)
+        for place in range(max(first - before, 0), min(last - before, count)):
+            put_i32(listed, num_listed, get_i32(selected, block * block_size + place))
+            num_listed += 1
+            if num_listed == MOST_LISTED:
+                waiting = _run_listed(arguments, worker, network, y, listed, num_listed, waiting)
+                num_listed = 0
+        before += count
+        if before >= last:
+            break
+    waiting = _run_listed(arguments, worker, network, y, listed, num_listed, waiting)
+    if waiting > 0:
+        _add_waiting(arguments, worker, y, waiting)
 
 
-def _token_by_token(
-    x: torch.Tensor, bundles: Bundles, activation: Activation, active: torch.Tensor | None
-) -> torch.Tensor:
-    """x: [T, H] -> [T, H] without the output's bias."""
-    row_format = bundles.row_format
-    vectors = padded_vectors(x, bundles.up_proj)  # [T, vector_columns]
-    everyone = torch.arange(bundles.num_neurons)
-    shares = np.empty((NUM_SHARES, vectors.shape[1]), dtype=np.float32)
-    output = torch.empty_like(x)
-    for token in range(len(x)):
-        neurons = everyone if active is None else active[token].nonzero().squeeze(1)
-        _ffn_kernel(
-            format_code(row_format),
-            ACTIVATION_KINDS.index(activation.kind),
-            activation.threshold,
-            bundles.data.data_ptr(),
-            bundles.data.stride(0),
-            bundles.data.stride(1),
-            row_format.value_bytes(bundles.hidden_size),
-            num_groups(row_format, bundles.hidden_size),
-            _array(bundles.gate_bias),
-            _array(bundles.up_bias),
-            bundles.has_gate,
-            neurons.numpy(),
-            vectors[token].numpy(),
-            shares,
+@numba.njit(error_model="numpy")
+def _run_listed(arguments: int, worker: int, network: int, y: int, listed: int, num_listed: int, waiting: int) -> int:
+    """Neurons by number, side by side so that each knows the one after it; returns how many down rows wait."""
+    for idx in range(num_listed):
+        following = get_i32(listed, min(idx + 1, num_listed - 1))
+        waiting = _run_neuron(arguments, worker, network, y, get_i32(listed, idx), following, waiting)
+    return waiting
+
+
+@numba.njit(error_model="numpy")
+def _run_neuron(arguments: int, worker: int, network: int, y: int, neuron: int, following: int, waiting: int) -> int:
+    """Gate, up, and the down row put among those that wait; returns how many do. following: the neuron after it."""
+    bundle_stride, row_stride = get_i64(network, BUNDLE_STRIDE), get_i64(network, ROW_STRIDE)
+    row = get_i64(network, DATA) + neuron * bundle_stride
+    next_bundle = get_i64(network, DATA) + following * bundle_stride
+    kind, threshold = get_i64(arguments, ACTIVATION), get_f32(arguments, 2 * THRESHOLD)
+    read_rows = get_i64(arguments, READ_ROWS)
+    gate = np.float32(0.0)
+    if get_i64(arguments, HAS_GATE) != 0:
+        if get_i64(arguments, SELECTED) != 0 or not is_silenced(kind, threshold, np.float32(-1.0)):
+            gate = row_times_input(arguments, worker, row, row + row_stride)
+        else:
+            gate = row_times_input(arguments, worker, row, next_bundle)
+        if get_i64(network, GATE_BIAS) != 0:
+            gate += get_f32(get_i64(network, GATE_BIAS), neuron)
+        put_i64(read_rows, worker * 8, get_i64(read_rows, worker * 8) + 1)
+        if is_silenced(kind, threshold, gate):
+            return waiting
+        row += row_stride
+    up = row_times_input_ahead(arguments, worker, row, row + row_stride, next_bundle)
+    if get_i64(network, UP_BIAS) != 0:
+        up += get_f32(get_i64(network, UP_BIAS), neuron)
+    put_i64(read_rows, worker * 8 + 1, get_i64(read_rows, worker * 8 + 1) + 1)
+    hidden = activate(kind, gate, up)
+    if hidden == 0.0:
+        return waiting
+    put_i64(read_rows, worker * 8 + 2, get_i64(read_rows, worker * 8 + 2) + 1)
+    behind = scratch_behind_vector(arguments, worker)
+    put_i64(behind, waiting, row + row_stride)
+    put_f32(behind + 8 * MOST_ROWS, waiting, np.float32(hidden))
+    waiting += 1
+    if waiting == MOST_ROWS:
+        _add_waiting(arguments, worker, y, waiting)
+        waiting = 0
+    return waiting
+
+
+@numba.njit(error_model="numpy")
+def _add_waiting(arguments: int, worker: int, y: int, waiting: int) -> None:
+    """Add the down rows that wait, each times its neuron's value, to y."""
+    rows = scratch_behind_vector(arguments, worker)
+    factors = rows + 8 * MOST_ROWS
+    code, groups, value_bytes = get_i64(arguments, CODE), get_i64(arguments, GROUPS), get_i64(arguments, VALUE_BYTES)
+    multiple = 2 if code >= FIRST_QUANTIZED else 4
+    padded = (waiting + multiple - 1) // multiple * multiple
+    for idx in range(waiting, padded):
+        put_i64(rows, idx, get_i64(rows, 0))
+        put_f32(factors, idx, np.float32(0.0))
+    if code >= FIRST_QUANTIZED:
+        int8_add_rows(code, rows, factors, padded // 2, y, groups, value_bytes, factors + 4 * MOST_ROWS)
+        return
+    for idx in range(0, padded, 4):
+        row_axpy4(
+            code,
+            get_i64(rows, idx),
+            get_i64(rows, idx + 1),
+            get_i64(rows, idx + 2),
+            get_i64(rows, idx + 3),
+            get_f32(factors, idx),
+            get_f32(factors, idx + 1),
+            get_f32(factors, idx + 2),
+            get_f32(factors, idx + 3),
+            y,
+            groups,
+            value_bytes,
         )
-        output[token] = torch.from_numpy(shares).sum(dim=0)[: bundles.hidden_size]
-    return output
-
-
-def _array(bias: torch.Tensor | None) -> np.ndarray:
-    return np.empty(0, dtype=np.float32) if bias is None else bias.numpy()
-
-
-@compiled(parallel=True)
-def _ffn_kernel(
-    code: int,
-    kind: int,
-    threshold: float,
-    data: int,
-    bundle_stride: int,
-    row_stride: int,
-    value_bytes: int,
-    groups: int,
-    gate_bias: np.ndarray,
-    up_bias: np.ndarray,
-    has_gate: bool,
-    neurons: np.ndarray,
-    x: np.ndarray,
-    shares: np.ndarray,
-) -> None:
-    """neurons: int64 [N]; x: float32 [vector_columns]; shares: float32 [NUM_SHARES, vector_columns], overwritten."""
-    num_shares = shares.shape[0]
-    for share in numba.prange(num_shares):
-        y = shares[share]
-        y[:] = 0.0
-        rows, factors = np.zeros(4, dtype=np.int64), np.zeros(4, dtype=np.float32)
-        waiting = 0  # down rows are added four at a time, because y is read and written once a pass
-        for idx in range(len(neurons) * share // num_shares, len(neurons) * (share + 1) // num_shares):
-            neuron = neurons[idx]
-            row = data + neuron * bundle_stride
-            gate = 0.0
-            if has_gate:
-                gate = row_dot(code, row, row + value_bytes, x.ctypes.data, groups)
-                if len(gate_bias):
-                    gate += gate_bias[neuron]
-                if _is_silenced(kind, threshold, gate):
-                    continue
-                row += row_stride
-            up = row_dot(code, row, row + value_bytes, x.ctypes.data, groups)
-            if len(up_bias):
-                up += up_bias[neuron]
-            hidden = _activate(kind, gate, up)
-            if hidden == 0.0:
-                continue
-            rows[waiting], factors[waiting] = row + row_stride, hidden
-            waiting += 1
-            if waiting == 4:
-                _add_rows(code, rows, factors, y, groups, value_bytes)
-                waiting = 0
-        if waiting:
-            factors[waiting:] = 0.0
-            rows[waiting:] = rows[0]
-            _add_rows(code, rows, factors, y, groups, value_bytes)
-
-
-@numba.njit
-def _add_rows(code: int, rows: np.ndarray, factors: np.ndarray, y: np.ndarray, groups: int, value_bytes: int) -> None:
-    row_axpy4(
-        code,
-        rows[0],
-        rows[1],
-        rows[2],
-        rows[3],
-        factors[0],
-        factors[1],
-        factors[2],
-        factors[3],
-        y.ctypes.data,
-        groups,
-        value_bytes,
-    )
-
-
-_SILU, _GELU, _GELU_TANH, _RELU_GLU, _DRELU, _FATRELU, _RELU2_GLU, _RELU, _RELU2, _PLAIN_GELU, _PLAIN_SILU = range(11)
-assert ACTIVATION_KINDS[_SILU] == "silu_glu"
-assert ACTIVATION_KINDS[_PLAIN_SILU] == "silu"
-
-
-@numba.njit(inline="always")
-def _is_silenced(kind: int, threshold: float, gate: float) -> bool:
-    """Whether the gate alone makes the neuron zero."""
-    return _RELU_GLU <= kind <= _RELU2_GLU and not gate > threshold
-
-
-@numba.njit
-def _activate(kind: int, gate: float, up: float) -> float:
-    """The neuron's value, for a gate that is not silenced."""
-    if kind == _SILU:
-        return gate / (1.0 + math.exp(-gate)) * up
-    if kind == _GELU:
-        return float(_gelu(gate) * up)
-    if kind == _GELU_TANH:
-        return float(_gelu_tanh(gate) * up)
-    if kind in (_RELU_GLU, _FATRELU):
-        return gate * up
-    if kind == _DRELU:
-        return gate * max(up, 0.0)
-    if kind == _RELU2_GLU:
-        return gate * gate * up
-    if kind == _RELU:
-        return max(up, 0.0)
-    if kind == _RELU2:
-        return max(up, 0.0) ** 2
-    if kind == _PLAIN_GELU:
-        return float(_gelu(up))
-    return up / (1.0 + math.exp(-up))
-
-
-@numba.njit
-def _gelu(value: float) -> float:
-    return 0.5 * value * (1.0 + math.erf(value * math.sqrt(0.5)))
-
-
-@numba.njit
-def _gelu_tanh(value: float) -> float:
-    return 0.5 * value * (1.0 + math.tanh(math.sqrt(2.0 / math.pi) * (value + 0.044715 * value**3)))

@@ -1,13 +1,16 @@
-"""One feed-forward network over an active set of neurons: argument checks and dispatch."""
+"""One feed-forward network over an active set of neurons, for a batch of tokens: argument checks and dispatch.
+
+One token at a time goes through `run_neurons` (cpu.py) instead, as a part of a whole token's program.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from hybrid_kernels.activation import Activation
-from hybrid_kernels.linear.op import SMALLEST_COMPILED
 from hybrid_kernels.packed_matrix import Bundles
-from hybrid_kernels.sparse_ffn import reference
+from hybrid_kernels.sparse_ffn import batch
+from hybrid_kernels.team import Team
 
 
 def sparse_ffn(
@@ -16,11 +19,10 @@ def sparse_ffn(
     activation: Activation,
     active: torch.Tensor | None = None,
     *,
-    gate_first: bool = False,
+    team: Team,
 ) -> torch.Tensor:
     """x: [T, H] float32; active: [T, I] bool, or None for every neuron -> [T, H] float32.
 
-    gate_first computes every gate and stops there where it is not positive; it needs an activation whose gate decides.
     Raises ValueError when shapes, gate and activation do not fit each other.
     """
     if x.dim() != 2 or x.shape[1] != bundles.hidden_size or x.dtype != torch.float32:
@@ -30,10 +32,4 @@ def sparse_ffn(
     expected = (len(x), bundles.num_neurons)
     if active is not None and (tuple(active.shape) != expected or active.dtype != torch.bool):
         raise ValueError(f"active is {active.dtype} {tuple(active.shape)}, expected bool {expected}")
-    if gate_first and not activation.gate_decides:
-        raise ValueError(f"gate_first needs an activation whose gate decides, found {activation.kind}")
-    if bundles.num_neurons * bundles.hidden_size < SMALLEST_COMPILED:
-        return reference.sparse_ffn(x, bundles, activation, active)
-    from hybrid_kernels.sparse_ffn import cpu  # noqa: PLC0415  # Numba loads only where it is used
-
-    return cpu.sparse_ffn(x, bundles, activation, active, gate_first=gate_first)
+    return batch.sparse_ffn(x, bundles, activation, active, team)

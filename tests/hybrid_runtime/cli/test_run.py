@@ -116,10 +116,17 @@ def test_vram_is_honoured_as_zero_and_said_once(run):
 def test_verbose_says_what_was_chosen_and_why(run):
     _, _, err = run(*GREEDY, "--verbose", "--ctx", "77")
     labels = {line.split()[0]: line for line in err if line}
-    assert {"machine", "backend", "store", "family", "predictor", "context", "memory"} <= labels.keys()
+    assert {"machine", "backend", "store", "weights", "family", "predictor", "context", "memory"} <= labels.keys()
     assert "context    77 tokens, keys and values in torch.float32" in err
     assert any("GPU" in line for line in err)
     assert any("compiled kernels" in line and "KV cache" in line for line in err)
+
+
+def test_mapped_weights_give_the_same_text(run):
+    read, mapped = (run(*GREEDY, "--load", load, "--verbose") for load in ("anonymous", "mmap"))
+    assert read[:2] == mapped[:2]
+    assert any(line.startswith("weights    in anonymous memory, ") for line in read[2])
+    assert any(line.startswith("weights    mapped from their files, ") for line in mapped[2])
 
 
 @pytest.mark.parametrize("mode", ["mask", "off", "gate"])

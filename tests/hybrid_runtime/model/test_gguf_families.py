@@ -14,6 +14,7 @@ from hybrid_kernels.quantization.op import dequantize_rows
 from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_runtime.errors import CheckpointError, UnsupportedModel
 from hybrid_runtime.model.weights import load_weights
+from hybrid_runtime.store.blocks import CheckpointWeights
 from hybrid_runtime.store.convert import Conversion, convert
 from hybrid_runtime.store.layout import Quantization
 
@@ -128,7 +129,7 @@ def test_the_comparison_sees_rows_that_are_left_in_their_order(tmp_path):
     expected = logits_of_model(model, tokens)
     assert largest_difference(logits_of(loaded, tokens), expected) <= TOLERANCE
     kept = replace(loaded.checkpoint, interleaved_heads={})
-    store = convert(Conversion(kept, tmp_path / "kept", Quantization(F32), "tiny", lambda _: None))
+    store = convert(Conversion(CheckpointWeights(kept), tmp_path / "kept", Quantization(F32), "tiny", lambda _: None))
     assert largest_difference(logits_of(loaded, tokens, weights=load_weights(store)), expected) > TELLING
 
 

@@ -1,13 +1,18 @@
-"""A q8 or q4 store computes exactly the model whose weights are its dequantised ones."""
+"""A q8 or q4 store computes the model whose weights are its dequantised ones, but for the rounding of activations."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from hybrid_kernels.linear.reference import rounded_linear
 from hybrid_kernels.packed_matrix import Bundles
 from hybrid_kernels.quantization.op import dequantize_rows
 from hybrid_kernels.quantization.row_format import RowFormat
+from hybrid_kernels.sparse_ffn import batch as ffn_batch
+from hybrid_kernels.sparse_ffn import reference as ffn_reference
+from hybrid_predictors import mlp
+from hybrid_runtime.model import decoder
 
 from .published_models import (
     RANKS,
@@ -18,7 +23,7 @@ from .published_models import (
     dense_tensors,
     turbosparse_mixtral_tensors,
 )
-from .tiny_models import TOLERANCE, difference, load, logits_of, random_tokens, write_folder
+from .tiny_models import PROMPT, load, logits_of, random_tokens, write_folder
 
 TOKENS = random_tokens(VOCAB)
 MODELS = {
@@ -28,7 +33,13 @@ MODELS = {
 }
 # Of normally distributed weights: 8 bits leave 0.5 %, 4 bits with a least-squares scale a group leave 7 to 9 %.
 ERRORS = {"q8": (0.001, 0.01), "q4": (0.03, 0.12)}
+# Of the logits' norm: every product rounds its vector to a 127th of the largest of 32 or more values (half a percent),
+# and the feed-forward networks round down rows or factors too; three layers, in which the errors grow.
+ROUNDING = 0.04
+FINER = ("embed", "lm_head", "k_proj")  # store/layout.py: 8 bits under q4; keys here are shared by several queries
 MIXTRAL_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+FINER = ("embed", "lm_head", "k_proj")  # what stays at 8 bits under q4; the models here share keys
 
 
 def dequantized(store, model_type):
@@ -78,14 +89,42 @@ def test_a_quantised_store_is_the_model_of_its_dequantised_weights(tmp_path, nam
     tensors = dequantized(packed.store, config["model_type"])
     assert tensors.keys() == original.keys()
     plain = load(write_folder(tmp_path / "dequantized", config, tensors), tmp_path / "plain")
-    for mode in ("off", *(["mask"] if packed.config.predictor_input else [])):
-        assert difference(packed, TOKENS, logits_of(plain, TOKENS, mode=mode), mode=mode) <= TOLERANCE, mode
+    expected = logits_of(plain, TOKENS, mode="off")
+    errors = (logits_of(packed, TOKENS, mode="off") - expected).norm(dim=1) / expected.norm(dim=1)
+    assert errors.median() <= ROUNDING
+    assert (errors > 3 * ROUNDING).double().mean() <= 0.2  # tokens that go to another expert move by more
     for weight, tensor in original.items():
         error = relative_error(tensors[weight], tensor)
         if tensor.dim() == 1 or "block_sparse_moe.gate" in weight:
             assert error == 0  # norms and routers stay float32
         else:
-            kind = "q8" if "embed" in weight or "lm_head" in weight else row_format.kind
+            kind = "q8" if any(part in weight for part in FINER) else row_format.kind
             lowest, highest = ERRORS[kind]
             assert error < highest, weight
             assert error > lowest or tensor.shape[1] < 32, weight  # a few columns can be fitted nearly exactly
+
+
+def rounded_ffn(x, bundles, activation, active=None, *, team):
+    """What a batch computes, by the references: neurons that no token needs are left out before they are grouped."""
+    hidden, rows = ffn_reference.rounded_hidden(x, bundles, activation, active), bundles.down_proj_t
+    if active is not None and active.any(dim=0).sum() < ffn_batch.WORTHWHILE_SHARE * bundles.num_neurons:
+        neurons = active.any(dim=0).nonzero().squeeze(1)
+        hidden, rows = hidden[:, neurons], bundles.take(neurons).down_proj_t
+    return ffn_reference.rounded_down(hidden, rows) if rows.num_rows else torch.zeros_like(x)
+
+
+@pytest.mark.parametrize(("name", "row_format"), CASES, ids=str)
+def test_a_prompt_is_computed_with_the_documented_roundings(tmp_path, monkeypatch, name, row_format):
+    """Hard decisions included, since they fall on the same numbers; a rounding to the other side moves few tokens."""
+    config, make = MODELS[name]
+    packed = load(write_folder(tmp_path / "original", config, make()), tmp_path / "packed", row_format)
+    for mode in ("off", *(["mask"] if packed.config.predictor_input else [])):
+        found = logits_of(packed, TOKENS[:PROMPT], mode=mode)
+        with monkeypatch.context() as patch:
+            for module in (decoder, mlp):
+                patch.setattr(module, "linear", lambda x, weight, bias=None, *, team: rounded_linear(x, weight, bias))
+            patch.setattr(decoder, "sparse_ffn", rounded_ffn)
+            expected = logits_of(packed, TOKENS[:PROMPT], mode=mode)
+        errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+        print("MED", name, row_format, mode, errors.median().item(), errors.max().item())
+        assert errors.median() <= ROUNDING / 8, mode

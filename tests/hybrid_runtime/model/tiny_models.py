@@ -17,6 +17,7 @@ from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.model.decoder import Decoder, choose_predictor_mode
 from hybrid_runtime.model.kv_cache import KvCache
 from hybrid_runtime.model.weights import DecoderWeights, load_weights
+from hybrid_runtime.store.blocks import CheckpointWeights
 from hybrid_runtime.store.convert import Conversion, convert
 from hybrid_runtime.store.layout import Quantization
 from hybrid_runtime.store.reader import Store
@@ -43,7 +44,7 @@ class Loaded:
 def load(path, folder, row_format=F32, **options) -> Loaded:
     """path: what a user would name; folder: where the store may go."""
     checkpoint = open_checkpoint(path, **options)
-    store = convert(Conversion(checkpoint, folder, Quantization(row_format), "tiny", lambda _: None))
+    store = convert(Conversion(CheckpointWeights(checkpoint), folder, Quantization(row_format), "tiny", lambda _: None))
     store.verify()
     return Loaded(checkpoint, store, load_weights(store))
 

@@ -105,7 +105,7 @@ def test_a_predictors_rank_is_the_checkpoints():
 
 def test_the_group_of_an_embedding_is_the_weights():
     for group in (32, 64, 128):
-        assert Quantization(RowFormat("q4", group)).embedding == RowFormat("q8", group)
+        assert Quantization(RowFormat("q4", group)).finer == RowFormat("q8", group)
 
 
 def test_sizes_of_a_real_model_are_known_before_a_byte_is_read():

@@ -22,9 +22,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from hybrid_kernels.native.emitted_format import emitted_formats
 from hybrid_kernels.quantization.row_format import RowFormat
-
-LANES = 8
+from hybrid_kernels.row_codes import LANES
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
@@ -32,19 +32,6 @@ INTS, FLOATS = ir.VectorType(I32, LANES), ir.VectorType(FLOAT, LANES)
 
 Segment = tuple[int, ir.Value]
 """A column of the group, a multiple of 8, and the levels of that and the next seven columns, as floats."""
-
-
-def format_code(row_format: RowFormat) -> int:
-    """The number by which compiled code knows a format."""
-    return FORMATS.index(row_format)
-
-
-FORMATS: tuple[RowFormat, ...] = (
-    RowFormat("f32"),
-    RowFormat("bf16"),
-    *(RowFormat("q8", group) for group in (32, 64, 128)),
-    *(RowFormat("q4", group) for group in (32, 64, 128)),
-)
 
 
 def _group_columns(row_format: RowFormat) -> int:
@@ -191,7 +178,7 @@ def _switch(builder: ir.IRBuilder, code: ir.Value, emit: Emit, args: Sequence[ir
     switch = builder.switch(code, unknown)
     with builder.goto_block(unknown):
         builder.unreachable()
-    for idx, row_format in enumerate(FORMATS):
+    for idx, row_format in emitted_formats():
         block = builder.append_basic_block(f"row_{row_format.kind}_{row_format.group}")
         switch.add_case(ir.Constant(I64, idx), block)
         builder.position_at_end(block)
@@ -247,14 +234,3 @@ def row_unpack(  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), generate
-
-
-def vector_columns(row_format: RowFormat, columns: int) -> int:
-    """Length of the float32 vector that these functions read or write beside a row of that many columns."""
-    step = _group_columns(row_format)
-    return -(-columns // step) * step
-
-
-def num_groups(row_format: RowFormat, columns: int) -> int:
-    """Turns of the loop over a row of that many columns."""
-    return vector_columns(row_format, columns) // _group_columns(row_format)

@@ -1,0 +1,42 @@
+"""Arguments of `run_neurons` and `sum_shares`: a feed-forward network's neurons, shared out among workers."""
+
+from hybrid_kernels.native.input_layout import INPUT_WORDS
+
+(
+    NUM_SLOTS,  # feed-forward networks to run: 1, or the experts of the token
+    BUNDLES,  # address of a table of networks, BUNDLE_WORDS each
+    CHOSEN,  # address of int64 [NUM_SLOTS]: which of the table; 0: the first
+    NUM_NEURONS,
+    HAS_GATE,
+    ACTIVATION,
+    THRESHOLD,  # float32, of fatrelu
+    SELECTED,  # address of int32 [NUM_SLOTS, NUM_NEURONS] from `project`'s SELECT; 0: every neuron
+    COUNTS,  # address of int64 [NUM_SLOTS, blocks], how many each block of SELECTED has
+    BLOCK,  # neurons of such a block
+    NUM_SHARES,  # into how many shares a network's neurons are cut
+    SHARES,  # address of float32 [NUM_SLOTS, NUM_SHARES, VECTOR_COLUMNS], written: each share's output in packed order
+    READ_ROWS,  # address of int64 [3]: gate, up and down rows read, added to
+) = range(INPUT_WORDS, INPUT_WORDS + 13)
+NUM_WORDS = INPUT_WORDS + 13
+
+BUNDLE_WORDS = 5
+DATA, BUNDLE_STRIDE, ROW_STRIDE, GATE_BIAS, UP_BIAS = range(BUNDLE_WORDS)
+
+(
+    SUM_X,  # address: float32 [SUM_COLUMNS], what is added to
+    SUM_OUTPUT,  # address: float32 [SUM_COLUMNS], written
+    SUM_SHARES,
+    SUM_NUM_SLOTS,
+    SUM_NUM_SHARES,
+    SUM_COLUMNS,
+    SUM_VECTOR_COLUMNS,
+    SUM_GROUP,  # columns that are in packed order among themselves
+    SUM_ORDER,  # address: int32 [SUM_GROUP], the column of each place
+    SUM_WEIGHTS,  # address: float32 [slots], the experts' weights; 0: all 1
+    SUM_CHOSEN,  # as CHOSEN, for the biases
+    SUM_BIASES,  # address of int64 [networks]: addresses of down biases, or 0s; 0: none
+    SUM_SCRATCH,  # address of SUM_SCRATCH_STRIDE bytes for every worker
+    SUM_SCRATCH_STRIDE,
+) = range(14)
+SUM_WORDS = 14
+SUM_BLOCK = 512  # columns of a task: whole groups of every format
