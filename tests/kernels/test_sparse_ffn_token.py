@@ -54,7 +54,7 @@ def rounded_factors_down(hidden, neurons, rows, num_shares):
         for chunk in (waiting[idx : idx + 32] for idx in range(0, len(waiting), 32)):
             factors = hidden[chunk, None] * scales[chunk]  # [32, groups]
             largest = factors.abs().amax(dim=0)
-            whole = (factors * torch.where(largest == 0, 0, most_level / largest)).round()
+            whole = (factors * torch.where(largest == 0, 0, torch.tensor(float(most_level)) / largest)).round()
             total += torch.einsum("rg,rgc->gc", whole * (largest / most_level), levels[chunk])
     return total.view(-1)[:columns]
 

@@ -151,9 +151,9 @@ def test_version_1_is_refused_by_its_number(capsys, tmp_path):
 
 def test_repacked_files_score_as_their_exact_values_do(perplexities):
     exact, repacked = perplexities["Q8_0 file"], perplexities["Q8_0 file in a q8 store"]
-    assert repacked == pytest.approx(exact, rel=1e-3)  # its F16 down projections are q8 there
+    assert repacked == pytest.approx(exact, rel=5e-3)  # vectors are rounded to int8 there, and F16 down rows are q8
     exact, repacked = perplexities["Q4_0 file, our q4 down"], perplexities["Q4_0 file in a q4 store"]
-    assert repacked == pytest.approx(exact, rel=1e-5)  # the same weights, summed in another order
+    assert repacked == pytest.approx(exact, rel=5e-3)  # the same weights, vectors rounded
 
 
 def test_eight_bits_cost_next_to_nothing(perplexities):

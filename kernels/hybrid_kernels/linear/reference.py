@@ -28,5 +28,6 @@ def round_vectors(x: torch.Tensor, row_format: RowFormat) -> torch.Tensor:
     padded = torch.nn.functional.pad(x, (0, row_format.padded_columns(columns) - columns))
     groups = padded.view(num_tokens, padded.shape[1] // row_format.group, row_format.group)
     largest = groups.abs().amax(dim=2, keepdim=True)
-    levels = (groups * torch.where(largest == 0, 0, 127 / largest)).round()
+    inverse = torch.tensor(127.0) / largest  # of a number, torch would take the reciprocal first and round twice
+    levels = (groups * torch.where(largest == 0, 0, inverse)).round()
     return (levels * (largest / 127)).view(padded.shape)[:, :columns]

@@ -94,4 +94,4 @@ def rows_times_input(arguments: int, worker: int, row: int, stride: int, num_row
     """Dot products of rows, stride bytes apart, with the prepared vector: float32 [num_rows] at output."""
     for idx in range(num_rows):
         place = row + idx * stride
-        put_f32(output, idx, row_times_input(arguments, worker, place, place + stride))
+        put_f32(output, idx, row_times_input(arguments, worker, place, place + 2 * stride))

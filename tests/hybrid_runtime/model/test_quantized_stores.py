@@ -115,7 +115,11 @@ def rounded_ffn(x, bundles, activation, active=None, *, team):
 
 @pytest.mark.parametrize(("name", "row_format"), CASES, ids=str)
 def test_a_prompt_is_computed_with_the_documented_roundings(tmp_path, monkeypatch, name, row_format):
-    """Hard decisions included, since they fall on the same numbers; a rounding to the other side moves few tokens."""
+    """Hard decisions included, since they fall on the same numbers.
+
+    A value so near a half that it is rounded to the other side moves its token, and through attention those after it;
+    the first few tokens are rarely among them.
+    """
     config, make = MODELS[name]
     packed = load(write_folder(tmp_path / "original", config, make()), tmp_path / "packed", row_format)
     for mode in ("off", *(["mask"] if packed.config.predictor_input else [])):
@@ -126,5 +130,5 @@ def test_a_prompt_is_computed_with_the_documented_roundings(tmp_path, monkeypatc
             patch.setattr(decoder, "sparse_ffn", rounded_ffn)
             expected = logits_of(packed, TOKENS[:PROMPT], mode=mode)
         errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
-        print("MED", name, row_format, mode, errors.median().item(), errors.max().item())
-        assert errors.median() <= ROUNDING / 8, mode
+        assert errors[:8].median() <= 1e-5, mode  # sums in another order, through three layers
+        assert errors.median() <= ROUNDING, mode
