@@ -30,7 +30,7 @@ from hybrid_runtime.generation.stop import StopMatcher
 from hybrid_runtime.machine import available_ram_bytes, current_rss_bytes, physical_cores, usable_cores
 from hybrid_runtime.model.decoder import Decoder, PredictorMode, choose_predictor_mode
 from hybrid_runtime.model.kernels import needed_kernels
-from hybrid_runtime.model.kv_cache import KvCache, KvDtype
+from hybrid_runtime.model.kv_cache import KvCache, KvDtype, check_kv_dtype
 from hybrid_runtime.model.weights import load_weights
 from hybrid_runtime.progress import NoProgress, Progress
 from hybrid_runtime.store.memory import LoadMode
@@ -111,6 +111,7 @@ def open_model(request: ModelRequest, options: LoadOptions, *, needs_tokenizer: 
     predictor_mode = choose_predictor_mode(config, options.predictor)
     num_positions = choose_num_positions(config, options.num_positions)
     kv_dtype = options.kv_dtype or ("f32" if found.weights.kind == "f32" else "f16")
+    check_kv_dtype(config, kv_dtype)
     needs = MemoryNeeds(
         weights_bytes=found.num_bytes,
         num_positions=num_positions,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+import weakref
 
 from hybrid_kernels.team import Team
 from hybrid_runtime.model.token_program import TokenProgram
@@ -11,25 +11,26 @@ from hybrid_runtime.model.token_program import TokenProgram
 class DecodeCounters:
     """Sums over tokens, layers and experts since the last reset, of tokens that were decoded one at a time.
 
-    gate_rows, up_rows, down_rows: rows of each kind that were read. kernel_s counts batches too.
+    gate_rows, up_rows, down_rows: rows of each kind that were read, by programs that still exist. kernel_s counts
+    batches too.
     """
 
     def __init__(self, team: Team) -> None:
         self._team = team
-        self._rows: list[np.ndarray] = []
+        self._programs: weakref.WeakSet[TokenProgram] = weakref.WeakSet()
         self._active_are_read = False
         self._kernel_s_before = 0.0
 
     def watch(self, program: TokenProgram, *, active_are_read: bool) -> None:
         """Count what a program reads. active_are_read: whether the gates that are read are those of active neurons."""
-        self._rows.append(program.read_rows)
+        self._programs.add(program)
         self._active_are_read = active_are_read
 
     def reset(self) -> None:
         """Begin at zero."""
         self._kernel_s_before = self._team.kernel_s
-        for rows in self._rows:
-            rows[:] = 0
+        for program in self._programs:
+            program.read_rows[:] = 0
 
     @property
     def kernel_s(self) -> float:
@@ -57,4 +58,4 @@ class DecodeCounters:
         return max(self.gate_rows, self.up_rows) if self._active_are_read else self.up_rows
 
     def _count(self, kind: int) -> int:
-        return sum(int(rows[:, kind].sum()) for rows in self._rows)
+        return sum(int(program.read_rows[:, kind].sum()) for program in self._programs)

@@ -30,6 +30,12 @@ def kv_cache_bytes(config: ModelConfig, num_positions: int, dtype: KvDtype) -> i
     return 2 * config.num_hidden_layers * num_positions * position_bytes(config, dtype)
 
 
+def check_kv_dtype(config: ModelConfig, dtype: KvDtype) -> None:
+    """Raise UsageError for a type that the model's heads cannot have."""
+    if dtype == "q8" and config.head_dim % KV_GROUP:
+        raise UsageError(f"--kv-cache q8: head_dim {config.head_dim} is not a multiple of {KV_GROUP}; use f16")
+
+
 class KvCache:
     """keys, values: [layers, positions, kv_heads, D], of q8 [layers, positions, bytes]; `length` positions are filled.
 
@@ -42,8 +48,7 @@ class KvCache:
         self.length = 0
         self.head_dim = config.head_dim
         self.num_key_value_heads = config.num_key_value_heads
-        if dtype == "q8" and config.head_dim % KV_GROUP:
-            raise UsageError(f"--kv-cache q8: head_dim {config.head_dim} is not a multiple of {KV_GROUP}; use f16")
+        check_kv_dtype(config, dtype)
         last = (position_bytes(config, dtype),) if dtype == "q8" else (config.num_key_value_heads, config.head_dim)
         shape = (config.num_hidden_layers, num_positions, *last)
         self.keys = torch.empty(shape, dtype=_TORCH_DTYPES[dtype])

@@ -44,7 +44,7 @@ def instruction_set() -> InstructionSet:
     wanted = os.environ.get(VARIABLE, best)
     if wanted not in INSTRUCTION_SETS:
         raise ValueError(f"{VARIABLE}={wanted}: is not one of {', '.join(INSTRUCTION_SETS)}")
-    usable = {best, "portable"} | ({"avx2"} if features.get("avx2") else set())
+    usable = {best, "portable"} | ({"avx2"} if all(features.get(name) for name in ("avx2", "fma", "f16c")) else set())
     if wanted not in usable:
         raise ValueError(f"{VARIABLE}={wanted}: this processor has only {', '.join(sorted(usable))}")
     return wanted

@@ -45,7 +45,7 @@ def test_a_dense_7b_by_hand():
     assert parts == {
         "embedding": Q8_ROW,
         "norms": (2 * 32 + 1) * 4096 * 4,
-        "attention": 32 * (4096 + 1024 + 1024 + 4096) * Q4_ROW,
+        "attention": 32 * ((4096 + 1024 + 4096) * Q4_ROW + 1024 * Q8_ROW),
         "router": 0,
         "predictor": 0,
         "neurons": 32 * 3 * 14336 * Q4_ROW,
@@ -102,7 +102,7 @@ def test_opt_has_no_gate_and_reads_biases_and_a_position():
     parts = touched(manifest_of(config), NeuronRows(0, 100, 10))
     assert parts["embedding"] == 2 * Q8_ROW
     assert parts["norms"] == (2 * 32 + 1) * 2 * 4096 * 4
-    assert parts["attention"] == 32 * ((4096 + 1024 + 1024 + 4096) * (Q4_ROW + 4))
+    assert parts["attention"] == 32 * ((4096 + 1024 + 4096) * (Q4_ROW + 4) + 1024 * (Q8_ROW + 4))
     assert parts["neurons"] == 100 * (Q4_ROW + 4) + 10 * Q4_ROW + 32 * 4096 * 4
     assert all_neurons(manifest_of(config)) == NeuronRows(0, 32 * 14336, 32 * 14336)
 

@@ -117,9 +117,9 @@ def test_every_weight_is_the_published_one_within_the_format(tmp_path, write, ro
     for name, (weight, kept_in) in found.items():
         wanted = expected[name].T if name.endswith("down_proj") else expected[name]
         is_exact = wanted.dim() == 1 or "router" in name
-        is_outer = name in ("embed_tokens", "embed_positions", "lm_head") and row_format.kind == "q4"
+        is_finer = name.endswith(("embed_tokens", "embed_positions", "lm_head", "k_proj")) and row_format.kind == "q4"
         assert kept_in == (
-            RowFormat("f32") if is_exact else RowFormat("q8", row_format.group) if is_outer else row_format
+            RowFormat("f32") if is_exact else RowFormat("q8", row_format.group) if is_finer else row_format
         )
         assert weight.shape == wanted.shape
         require_near(weight, wanted, kept_in)

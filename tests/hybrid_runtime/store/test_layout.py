@@ -89,6 +89,8 @@ def test_vectors_and_routers_stay_float32_and_embeddings_at_eight_bits(asked, em
             assert entry.row_format == F32, name
         elif name in ("embed_tokens", "embed_positions", "lm_head"):
             assert entry.row_format == embedding, name
+        elif name.endswith("k_proj"):  # finer where several queries share a key
+            assert entry.row_format in (asked, embedding), name
         else:
             assert entry.row_format == asked, name
     assert entries["layers.0.mlp.router"].kind == "rows"
