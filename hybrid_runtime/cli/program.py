@@ -38,10 +38,7 @@ def run_program(command: click.Command, argv: Sequence[str] | None) -> int:
 
 @contextlib.contextmanager
 def without_collections() -> Iterator[None]:
-    """Leave the garbage collector alone while torch is imported: of all that is made then, it would find nothing.
-
-    Saves a tenth of the time until the first token.
-    """
+    """Leave the garbage collector alone while torch is imported: of all that is made then, it would find nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

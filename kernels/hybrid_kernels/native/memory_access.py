@@ -115,20 +115,6 @@ def atomic_put(typing_context, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def prefetch(typing_context, address):  # type: ignore[no-untyped-def]
-    """Ask for the cache line at address, into the second-level cache."""
-
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, locality, data = (ir.Constant(I32, value) for value in (0, 2, 1))
-        builder.call(function, [pointer(builder, args[0], I8), read, locality, data])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@intrinsic
 def ticks(typing_context):  # type: ignore[no-untyped-def]
     """The processor's time counter."""
 

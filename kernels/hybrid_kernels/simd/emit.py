@@ -69,7 +69,7 @@ def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Valu
 def prefetch_line(builder: ir.IRBuilder, place: ir.Value) -> None:
     """Ask for the cache line of an i8*, into the second-level cache.
 
-    The first level keeps few misses in flight: enough for 16 GB/s of one core here, and not for what two together get.
+    The first level keeps only a few misses in flight.
     """
     args = [place, *(ir.Constant(I32, value) for value in (0, 2, 1))]  # to read, from the second level on, data
     call(builder, "llvm.prefetch.p0", ir.VoidType(), args)

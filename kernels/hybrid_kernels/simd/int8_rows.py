@@ -4,8 +4,7 @@
     int8_dot          sum over columns of weight * x
 
 Products of bytes are summed in integers over one group, and groups in float32. That rounds x to a 127th of its group's
-largest (error about half a percent of a result's norm; linear/reference.py states it exactly), and takes a third of the
-instructions that float32 takes: one core then reads weights as fast as memory gives them.
+largest (linear/reference.py states it exactly), and takes far fewer instructions than float32 does.
 
 Vectors of q4 rows are in packed order: of a group's bytes, taken 16 (group 32) or 32 at a time, first all low nibbles,
 then all high ones. `packed_columns` says which column comes where.
@@ -221,7 +220,7 @@ def int8_dot(  # type: ignore[no-untyped-def]
     """Dot product of a packed row with a vector from quantize_vector of the same format. All int64 -> float32.
 
     ahead: address of the row that will be read next, or any other: it is prefetched meanwhile, since rows are too short
-    for the processor to see where they lead (twice the speed of memory on Zen 3).
+    for the processor to see where they lead.
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]

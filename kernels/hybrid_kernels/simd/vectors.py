@@ -7,7 +7,7 @@ import math
 import numba
 import numpy as np
 
-from hybrid_kernels.native.memory_access import get_f16, get_f32, put_f32
+from hybrid_kernels.native.memory_access import get_f32, put_f32
 
 _SUMS = {"reassoc", "contract", "nsz"}
 
@@ -59,28 +59,12 @@ def add_scaled(x: int, output: int, size: int, factor: float) -> None:
         put_f32(output, idx, get_f32(output, idx) + np.float32(factor) * get_f32(x, idx))
 
 
-@numba.njit(error_model="numpy")
-def add_scaled_halves(x: int, output: int, size: int, factor: float) -> None:
-    """output float32 += factor * x float16, [size]."""
-    for idx in range(size):
-        put_f32(output, idx, get_f32(output, idx) + np.float32(factor) * get_f16(x, idx))
-
-
 @numba.njit(error_model="numpy", fastmath=_SUMS)
 def dot(x: int, y: int, size: int) -> float:
     """Sum of x * y, float32 [size]."""
     total = np.float32(0.0)
     for idx in range(size):
         total += get_f32(x, idx) * get_f32(y, idx)
-    return total
-
-
-@numba.njit(error_model="numpy", fastmath=_SUMS)
-def dot_halves(x: int, y: int, size: int) -> float:
-    """Sum of x * y, x float16 and y float32 [size]."""
-    total = np.float32(0.0)
-    for idx in range(size):
-        total += get_f16(x, idx) * get_f32(y, idx)
     return total
 
 
