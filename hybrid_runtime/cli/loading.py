@@ -61,14 +61,15 @@ def load_engine(
 
 
 def use_threads(num_threads: int) -> None:
-    """Give torch and Numba that many threads; Numba reads the variable when the first compiled kernel loads it.
+    """Give torch and Numba that many threads; Numba reads the variable when it is imported.
 
     Both must agree: Numba's OpenMP layer shares torch's pool and sets its size again.
     """
     torch.set_num_threads(num_threads)
-    os.environ["NUMBA_NUM_THREADS"] = str(num_threads)
     numba = sys.modules.get("numba")
-    if numba is not None:  # a program that calls us twice: the pool cannot grow any more
+    if numba is None:
+        os.environ["NUMBA_NUM_THREADS"] = str(num_threads)
+    else:  # a program that calls us twice: the pool cannot grow, and Numba refuses to compile once the variable changed
         numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
 
 
