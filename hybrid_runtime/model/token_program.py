@@ -25,6 +25,7 @@ from hybrid_kernels.attention import layout as attention_words
 from hybrid_kernels.linear import layout as linear_words
 from hybrid_kernels.native import input_layout as input_words
 from hybrid_kernels.native.arguments import Word, words
+from hybrid_kernels.native.huge_pages import aligned_zeros
 from hybrid_kernels.native.kernel_names import kernel
 from hybrid_kernels.packed_matrix import PackedMatrix
 from hybrid_kernels.packed_order import packed_columns
@@ -73,7 +74,9 @@ class TokenProgram:
         self._chosen = np.zeros(slots, dtype=np.int64)
         self._expert_weights = self._floats(slots)
         self._router_logits = self._floats(max(config.num_experts, 1))
-        self._shares = np.zeros((slots, NUM_SHARES, _padded(hidden)), dtype=np.float32)
+        self._shares = aligned_zeros((slots, NUM_SHARES, _padded(hidden)), np.float32)
+        list_size = ffn_words.most_listed(config.intermediate_size, NUM_SHARES)
+        self._lists = np.zeros((team.num_threads, 2, list_size), dtype=np.int32)
         self._selected = np.zeros((slots, config.intermediate_size), dtype=np.int32)
         self._counts = np.zeros((slots, -(-config.intermediate_size // ROWS_PER_BLOCK)), dtype=np.int64)
         ranks = [ffn.predictor.rank for layer in weights.layers for ffn in layer.experts if ffn.predictor is not None]
@@ -86,7 +89,7 @@ class TokenProgram:
                 config.num_attention_heads, config.num_key_value_heads, config.head_dim, cache.num_positions
             ),
         )
-        self._scratch = np.zeros(self._scratch_stride * team.num_threads, dtype=np.uint8)
+        self._scratch = aligned_zeros((self._scratch_stride * team.num_threads,), np.uint8)
         self.read_rows = np.zeros((team.num_threads, 8), dtype=np.int64)
         self._begin_words = self._begin_arguments(half_dim)
         self._set_rotation(1)
@@ -280,6 +283,8 @@ class TokenProgram:
             ffn_words.NUM_SHARES: NUM_SHARES,
             ffn_words.SHARES: self._shares,
             ffn_words.READ_ROWS: self.read_rows,
+            ffn_words.LISTS: self._lists,
+            ffn_words.LIST_SIZE: self._lists.shape[2],
         }
         vector = self._vector(x, norm, row_format, config.hidden_size)
         yield Operation(kernel("run_neurons", row_format), "neurons", words(ffn_words.NUM_WORDS, vector | values))

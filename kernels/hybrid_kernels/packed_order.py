@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from hybrid_kernels.quantization.row_format import RowFormat
 
-MOST_ROWS = 32  # rows added at once: 32 * 8 * 127 still fits an int16
+MOST_ROWS = (
+    16  # rows added at once: more spread reading the sum over more, but lie in more pages than a core keeps at hand
+)
+assert MOST_ROWS * 8 * 127 < 1 << 15  # sums of nibbles times factors are int16
 
 
 def chunk_bytes(row_format: RowFormat) -> int:

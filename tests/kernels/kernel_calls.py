@@ -149,6 +149,7 @@ def decode_ffn(team, x, networks, activation, *, active=None, chosen=None, weigh
     selected, counts = _as_blocks(active, slots, num_neurons)
     shares = nan_floats(slots, num_shares, width)
     read_rows = np.zeros((team.num_threads, 8), dtype=np.int64)
+    lists = np.full((team.num_threads, 2, ffn_words.most_listed(num_neurons, num_shares)), -1, dtype=np.int32)
     scratch, values = vector_values(team, x, row_format, hidden)
     values |= {
         ffn_words.NUM_SLOTS: slots,
@@ -164,6 +165,8 @@ def decode_ffn(team, x, networks, activation, *, active=None, chosen=None, weigh
         ffn_words.NUM_SHARES: num_shares,
         ffn_words.SHARES: shares,
         ffn_words.READ_ROWS: read_rows,
+        ffn_words.LISTS: lists,
+        ffn_words.LIST_SIZE: lists.shape[2],
     }
     order = np.array(packed_columns(row_format) if row_format.is_quantized else [0], dtype=np.int32)
     biases = np.array([0 if n.down_bias is None else n.down_bias.data_ptr() for n in networks], dtype=np.int64)

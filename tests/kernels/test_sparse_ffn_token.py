@@ -6,6 +6,7 @@ import torch
 from hybrid_kernels.activation import ACTIVATION_KINDS, Activation, activate
 from hybrid_kernels.linear.reference import rounded_linear
 from hybrid_kernels.packed_matrix import Bundles
+from hybrid_kernels.packed_order import MOST_ROWS
 from hybrid_kernels.quantization.reference import dequantize_rows, quantize_rows
 from hybrid_kernels.quantization.row_format import GROUP_SIZES, RowFormat
 from hybrid_kernels.sparse_ffn import reference
@@ -27,7 +28,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def assert_close(found, expected, row_format):
     """expected: of the rounded reference, whose down projection is not rounded.
 
-    A q4 row's factors become 8 bits of the largest of up to 32, which leaves about half a percent of the norm, and more
+    A q4 row's factors become 8 bits of the largest of up to 16, which leaves about half a percent of the norm, and more
     where few differ much; q8's become 16 bits. For the rest see test_linear.py.
     """
     allowed = {"f32": 4e-6, "bf16": 4e-6, "q8": 1e-4, "q4": 0.02}[row_format.kind]
@@ -51,8 +52,8 @@ def rounded_factors_down(hidden, neurons, rows, num_shares):
     for share in range(num_shares):
         part = neurons[len(neurons) * share // num_shares : len(neurons) * (share + 1) // num_shares]
         waiting = [neuron for neuron in part if hidden[neuron] != 0]
-        for chunk in (waiting[idx : idx + 32] for idx in range(0, len(waiting), 32)):
-            factors = hidden[chunk, None] * scales[chunk]  # [32, groups]
+        for chunk in (waiting[idx : idx + MOST_ROWS] for idx in range(0, len(waiting), MOST_ROWS)):
+            factors = hidden[chunk, None] * scales[chunk]  # [rows, groups]
             largest = factors.abs().amax(dim=0)
             whole = (factors * torch.where(largest == 0, 0, torch.tensor(float(most_level)) / largest)).round()
             total += torch.einsum("rg,rgc->gc", whole * (largest / most_level), levels[chunk])
@@ -82,7 +83,7 @@ def test_a_token_is_the_rounded_reference(row_format, shape, activation, random_
 @activations
 @pytest.mark.parametrize("num_shares", [1, 3])
 def test_factors_are_rounded_as_documented(row_format, shape, activation, num_shares, random_bundles, team):
-    """Equal but for a factor so near a half that it falls to the other side: a 127th of the largest of its 32."""
+    """Equal but for a factor so near a half that it falls to the other side: a 127th of the largest of its 16."""
     hidden_size, num_neurons = shape
     bundles, x = (
         random_bundles(num_neurons, hidden_size, row_format, gated=activation.is_gated),

@@ -24,8 +24,7 @@ NO_NORM, RMS_NORM, LAYER_NORM = range(NUM_NORMS)
 ) = range(13)
 INPUT_WORDS = 13
 
-MOST_ROWS = 32
-ROW_SCRATCH_BYTES = 8192  # behind the vector: addresses and factors of waiting rows, and int8_add_rows's scratch
+ROW_SCRATCH_BYTES = 4096  # behind the vector: run_neurons' rows and their sums, or `project`'s products
 
 
 def scratch_bytes(vector_columns: int) -> int:

@@ -24,7 +24,7 @@ from hybrid_kernels.native.input_layout import (
 from hybrid_kernels.native.memory_access import get_f32, get_i64, put_f32
 from hybrid_kernels.row_codes import FIRST_QUANTIZED
 from hybrid_kernels.simd.float_rows import row_dot
-from hybrid_kernels.simd.int8_rows import int8_dot, int8_dot_ahead, quantize_vector
+from hybrid_kernels.simd.int8_rows import int8_dot, int8_dot_ahead, pair_groups, quantize_vector
 from hybrid_kernels.simd.vectors import copy_values, fill_zeros, layer_norm, rms_norm
 
 
@@ -62,6 +62,7 @@ def prepare_input(arguments: int, worker: int, input_idx: int) -> None:
         levels = vector + 4 * width
         groups = get_i64(arguments, GROUPS)
         quantize_vector(code, vector, levels, levels + width, levels + width + 4 * groups, groups)
+        pair_groups(code, levels, groups)
 
 
 @numba.njit(error_model="numpy")

@@ -1,6 +1,6 @@
 """Packed q4 and q8 rows times factors, added up in SIMD registers: a Numba intrinsic that emits LLVM vector code.
 
-    int8_add_rows     y += sum over up to 32 rows of factor * row
+    int8_add_rows     y += sum over up to 16 rows of factor * row
 
 The down projection of a few neurons. A row's scale times its factor is rounded for each group of columns, to 8 bits
 (q4) or 16 (q8) of the largest among the rows; then products of two rows at a time are summed in integers. A q4 row's
@@ -29,6 +29,7 @@ from hybrid_kernels.simd.emit import (
     I64,
     INTS,
     LANES,
+    LINE_BYTES,
     SHORTS,
     as_pointers,
     call,
@@ -36,6 +37,7 @@ from hybrid_kernels.simd.emit import (
     every,
     fma,
     load,
+    prefetch_line,
     shuffle,
     splat,
     store,
@@ -54,6 +56,7 @@ class _Rows:
     """What the loop over pairs of rows needs. value_offset: bytes from a row to the columns at hand."""
 
     addresses: ir.Value
+    aheads: ir.Value
     num_pairs: ir.Value
     value_offset: ir.Value
 
@@ -63,6 +66,14 @@ class _Rows:
         row = builder.inttoptr(load(builder, self.addresses, place, I64), I8.as_pointer())
         offset = builder.add(self.value_offset, constant(byte))
         return load(builder, row, offset, ir.VectorType(I8, count))
+
+    def prefetch(self, builder: ir.IRBuilder, pair_idx: ir.Value, byte: int) -> None:
+        """A line of one of the rows to come: of each pair's two, in turn, as one passes over 32 bytes and the next."""
+        offset = builder.add(self.value_offset, constant(byte))
+        parity = builder.and_(builder.lshr(offset, constant(5)), constant(1))
+        place = builder.add(times(builder, pair_idx, 16), times(builder, parity, 8))
+        row = builder.inttoptr(load(builder, self.aheads, place, I64), I8.as_pointer())
+        prefetch_line(builder, builder.gep(row, [builder.and_(offset, constant(-LINE_BYTES))]))
 
 
 def _emit_add_rows(builder: ir.IRBuilder, row_format: RowFormat, args: Sequence[ir.Value]) -> None:
@@ -79,9 +90,9 @@ def _add_block(
     builder: ir.IRBuilder, row_format: RowFormat, args: Sequence[ir.Value], first: ir.Value, count: int
 ) -> None:
     """Groups first ... first + count - 1 of every row, count LANES or 1."""
-    rows, factors, y, scratch = as_pointers(builder, [args[0], args[1], args[3], args[6]])
+    rows, factors, y, scratch, aheads = as_pointers(builder, [args[0], args[1], args[3], args[6], args[7]])
     num_pairs = args[2]
-    _round_factors(builder, row_format, rows, factors, num_pairs, args[5], first, count, scratch)
+    _round_factors(builder, row_format, rows, factors, num_pairs, args[5], first, count, scratch, aheads)
     step = 2 if row_format.kind == "q4" and row_format.group == 32 and count == LANES else 1
     with cgutils.for_range(builder, constant(count // step)) as loop:
         lane = times(builder, loop.index, 4 * step)
@@ -89,7 +100,7 @@ def _add_block(
         y_group = builder.gep(y, [times(builder, group_idx, 4 * row_format.group)])
         value_offset = times(builder, group_idx, row_format.value_bytes(row_format.group))
         own = builder.gep(scratch, [lane])
-        group_rows = _Rows(rows, num_pairs, value_offset)
+        group_rows = _Rows(rows, aheads, num_pairs, value_offset)
         if row_format.kind == "q8":
             _add_q8_group(builder, row_format, group_rows, own, y_group)
         elif row_format.group == 32 and step == 1:
@@ -109,6 +120,7 @@ def _round_factors(
     first: ir.Value,
     count: int,
     scratch: ir.Value,
+    aheads: ir.Value,
 ) -> None:
     """Write the pairs, scales and starts of a block of groups to the scratch."""
     pairs = builder.gep(scratch, [constant(_PAIRS)])
@@ -117,7 +129,10 @@ def _round_factors(
     builder.store(every(FLOATS, 0.0), peak)
     with cgutils.for_range(builder, times(builder, num_pairs, 2)) as loop:
         row = builder.inttoptr(load(builder, rows, times(builder, loop.index, 8), I64), I8.as_pointer())
-        scales = builder.gep(row, [builder.add(scales_offset, times(builder, first, 2))])
+        offset = builder.add(scales_offset, times(builder, first, 2))
+        scales = builder.gep(row, [offset])
+        ahead = builder.inttoptr(load(builder, aheads, times(builder, loop.index, 8), I64), I8.as_pointer())
+        prefetch_line(builder, builder.gep(ahead, [offset]))
         if count == LANES:
             lanes = builder.fpext(load(builder, scales, 0, ir.VectorType(HALF, LANES)), FLOATS)
         else:
@@ -174,6 +189,7 @@ def _add_wide_piece(
         builder.store(start, total)
     with cgutils.for_range(builder, rows.num_pairs) as loop:
         a, b = (rows.values(builder, loop.index, parity, byte, 32) for parity in range(2))
+        rows.prefetch(builder, loop.index, byte)
         place = builder.add(times(builder, loop.index, 32), constant(_PAIRS))
         factors = builder.bitcast(_lanes_of(builder, own, place, two_groups=two_groups), BYTES)
         for part in (0, 8):
@@ -198,6 +214,7 @@ def _add_narrow_group(builder: ir.IRBuilder, rows: _Rows, own: ir.Value, y_group
         builder.store(start, total)
     with cgutils.for_range(builder, rows.num_pairs) as loop:
         a, b = (rows.values(builder, loop.index, parity, 0, 16) for parity in range(2))
+        rows.prefetch(builder, loop.index, 0)
         both = shuffle(builder, a, b, [lane for i in range(16) for lane in (i, 16 + i)])
         place = builder.add(times(builder, loop.index, 32), constant(_PAIRS))
         factors = builder.bitcast(_lanes_of(builder, own, place, two_groups=False), BYTES)
@@ -227,6 +244,8 @@ def _add_q8_group(builder: ir.IRBuilder, row_format: RowFormat, rows: _Rows, own
             builder.store(every(INTS, 0), total)
         with cgutils.for_range(builder, rows.num_pairs) as loop:
             a, b = (builder.sext(rows.values(builder, loop.index, parity, column, 16), SHORTS) for parity in range(2))
+            if column % 32 == 0:
+                rows.prefetch(builder, loop.index, column)
             place = builder.add(times(builder, loop.index, 32), constant(_PAIRS))
             factors = builder.bitcast(_lanes_of(builder, own, place, two_groups=False), SHORTS)
             for part, total in enumerate(totals):
@@ -244,16 +263,17 @@ def _accumulate(builder: ir.IRBuilder, whole: ir.Value, scale: ir.Value, y_group
 
 @intrinsic
 def int8_add_rows(  # type: ignore[no-untyped-def]
-    typing_context, code, rows, factors, num_pairs, y, num_groups, scales_offset, scratch
+    typing_context, code, rows, factors, num_pairs, y, num_groups, scales_offset, scratch, aheads
 ):
     """Add 2 * num_pairs <= MOST_ROWS packed rows, each times its factor, to y. All arguments int64.
 
     rows: address of int64 addresses; factors: of float32; y: of float32 [num_groups * group] in packed order;
-    scales_offset: bytes from a row to its scales; scratch: of SCRATCH_BYTES bytes.
+    scales_offset: bytes from a row to its scales; scratch: of SCRATCH_BYTES bytes; aheads: address of as many int64
+    addresses of rows that are prefetched meanwhile.
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         switch_formats(builder, args[0], _emit_add_rows, args[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8), generate
+    return types.void(*[types.int64] * 9), generate

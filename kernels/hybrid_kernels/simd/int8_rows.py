@@ -1,6 +1,7 @@
 """Packed q4 and q8 rows times int8 vectors in SIMD registers: Numba intrinsics that emit LLVM vector code.
 
     quantize_vector   float32 -> int8 with a scale and an offset a group, in the order in which rows hold their columns
+    pair_groups       that order -> the one in which int8_dot reads two small groups at once
     int8_dot          sum over columns of weight * x
 
 Products of bytes are summed in integers over one group, and groups in float32. That rounds x to a 127th of its group's
@@ -13,6 +14,7 @@ then all high ones. `packed_columns` says which column comes where.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from llvmlite import ir
 from numba import types
@@ -33,6 +35,7 @@ from hybrid_kernels.simd.emit import (
     INTS,
     LANES,
     LINE_BYTES,
+    SHORTS,
     as_pointers,
     call,
     constant,
@@ -45,7 +48,7 @@ from hybrid_kernels.simd.emit import (
     store,
     times,
 )
-from hybrid_kernels.simd.multiply_add import dot_signed, dot_unsigned
+from hybrid_kernels.simd.multiply_add import dot_signed, dots_unsigned
 
 # Quantising a vector
 
@@ -88,6 +91,23 @@ def _in_packed_order(builder: ir.IRBuilder, whole: list[ir.Value], row_format: R
     return shuffle(builder, parts[0], None, packed_columns(row_format))
 
 
+def _in_pairs(row_format: RowFormat) -> bool:
+    """Whether int8_dot takes two groups at once, wherever eight are left, and wants their levels by pair_groups."""
+    return row_format.kind == "q4" and row_format.group == 32
+
+
+def _emit_pair_groups(builder: ir.IRBuilder, row_format: RowFormat, args: Sequence[ir.Value]) -> None:
+    if not _in_pairs(row_format):
+        return
+    (levels,) = as_pointers(builder, args[:1])
+    num_pairs = times(builder, builder.udiv(args[1], constant(LANES)), LANES // 2)
+    with cgutils.for_range(builder, num_pairs) as loop:
+        pair = builder.gep(levels, [times(builder, loop.index, 64)])
+        first, second = (load(builder, pair, 32 * idx, BYTES) for idx in range(2))
+        store(builder, shuffle(builder, first, second, [*range(16), *range(32, 48)]), pair, 0)
+        store(builder, shuffle(builder, first, second, [*range(16, 32), *range(48, 64)]), pair, 32)
+
+
 # Rows times a vector
 
 
@@ -100,10 +120,11 @@ def _group_sum(
             w, x = (load(builder, base, column, BYTES) for base in (values, levels))
             total = dot_signed(builder, w, x, total)
         return total
-    for part in range(row_format.group // 32):
-        for_low_and_high = nibbles_of(builder, values, row_format, part)
-        total = dot_unsigned(builder, for_low_and_high, load(builder, levels, 32 * part, BYTES), total)
-    return total
+    parts = range(row_format.group // 32)
+    factors = [
+        (nibbles_of(builder, values, row_format, part), load(builder, levels, 32 * part, BYTES)) for part in parts
+    ]
+    return dots_unsigned(builder, factors, total)
 
 
 def nibbles_of(builder: ir.IRBuilder, values: ir.Value, row_format: RowFormat, part: int) -> ir.Value:
@@ -119,22 +140,54 @@ def nibbles_of(builder: ir.IRBuilder, values: ir.Value, row_format: RowFormat, p
     return builder.and_(builder.bitcast(shifted, BYTES), low_bits)
 
 
+@dataclass(frozen=True, slots=True)
+class _Operands:
+    """A row's values and the vector's levels."""
+
+    row_format: RowFormat
+    row: ir.Value
+    levels: ir.Value
+
+    def group_dot(self, builder: ir.IRBuilder, group_idx: ir.Value) -> ir.Value:
+        """8 floats whose sum is a group's dot product in levels."""
+        values = builder.gep(self.row, [times(builder, group_idx, self.row_format.value_bytes(self.row_format.group))])
+        x_group = builder.gep(self.levels, [times(builder, group_idx, self.row_format.group)])
+        whole = _group_sum(builder, self.row_format, values, x_group, every(INTS, 0))
+        return builder.sitofp(whole, FLOATS)
+
+    def pair_dot(self, builder: ir.IRBuilder, group_idx: ir.Value) -> ir.Value:
+        """Of two groups of 32, whose 16 bytes each fill a register: half of the lanes each."""
+        values = load(builder, self.row, times(builder, group_idx, 16), BYTES)
+        shifted = builder.bitcast(builder.lshr(builder.bitcast(values, SHORTS), every(SHORTS, 4)), BYTES)
+        x_groups = builder.gep(self.levels, [times(builder, group_idx, 32)])
+        nibbles = [builder.and_(part, every(BYTES, 15)) for part in (values, shifted)]
+        factors = [(part, load(builder, x_groups, 32 * idx, BYTES)) for idx, part in enumerate(nibbles)]
+        return builder.sitofp(dots_unsigned(builder, factors, every(INTS, 0)), FLOATS)
+
+    def block_dot(
+        self, builder: ir.IRBuilder, first: ir.Value, scales: ir.Value, sums: list[ir.Value]
+    ) -> list[ir.Value]:
+        """Add LANES groups' products, times their scales, to two sums in turn."""
+        if _in_pairs(self.row_format):
+            turns = [(lane, [lane] * 4 + [lane + 1] * 4, self.pair_dot) for lane in range(0, LANES, 2)]
+        else:
+            turns = [(lane, [lane] * LANES, self.group_dot) for lane in range(LANES)]
+        sums = list(sums)
+        for idx, (lane, lanes, dot) in enumerate(turns):
+            product = dot(builder, builder.add(first, constant(lane)))
+            sums[idx % 2] = fma(builder, product, shuffle(builder, scales, None, lanes), sums[idx % 2])
+        return sums
+
+
 def _emit_dot(builder: ir.IRBuilder, row_format: RowFormat, args: Sequence[ir.Value]) -> ir.Value:
-    row, scales, levels, x_scales, x_offsets = (builder.inttoptr(arg, I8.as_pointer()) for arg in args[:5])
+    row, scales, levels, x_scales, x_offsets = as_pointers(builder, args[:5])
     num_groups, aheads = args[5], as_pointers(builder, args[6:])
-    group_bytes = row_format.value_bytes(row_format.group)
-    block_bytes = LANES * group_bytes
+    operands = _Operands(row_format, row, levels)
+    block_bytes = LANES * row_format.value_bytes(row_format.group)
     lines, scales_offset = range(0, block_bytes, LINE_BYTES), builder.sub(args[1], args[0])
     totals = [cgutils.alloca_once_value(builder, every(FLOATS, 0.0)) for _ in range(2)]
     offset = cgutils.alloca_once_value(builder, every(FLOATS, 0.0))
     rest = cgutils.alloca_once_value(builder, ir.Constant(FLOAT, 0.0))
-
-    def group_dot(group_idx: ir.Value) -> ir.Value:
-        values = builder.gep(row, [times(builder, group_idx, group_bytes)])
-        x_group = builder.gep(levels, [times(builder, group_idx, row_format.group)])
-        whole = _group_sum(builder, row_format, values, x_group, every(INTS, 0))
-        return builder.sitofp(whole, FLOATS)
-
     num_blocks = builder.udiv(num_groups, ir.Constant(I64, LANES))
     with cgutils.for_range(builder, num_blocks) as loop:
         first = times(builder, loop.index, LANES)
@@ -150,11 +203,7 @@ def _emit_dot(builder: ir.IRBuilder, row_format: RowFormat, args: Sequence[ir.Va
         for ahead in aheads:
             for place in places:
                 prefetch_line(builder, builder.gep(ahead, [place]))
-        sums = [builder.load(total) for total in totals]
-        for lane in range(LANES):
-            scale = shuffle(builder, both, None, [lane] * LANES)
-            dot = group_dot(builder.add(first, ir.Constant(I64, lane)))
-            sums[lane % 2] = fma(builder, dot, scale, sums[lane % 2])
+        sums = operands.block_dot(builder, first, both, [builder.load(total) for total in totals])
         for total, lanes in zip(totals, sums, strict=True):
             builder.store(lanes, total)
     with cgutils.for_range_slice(builder, times(builder, num_blocks, LANES), num_groups, ir.Constant(I64, 1)) as (
@@ -164,7 +213,9 @@ def _emit_dot(builder: ir.IRBuilder, row_format: RowFormat, args: Sequence[ir.Va
         w_scale = builder.fpext(load(builder, scales, times(builder, group_idx, 2), HALF), FLOAT)
         place = times(builder, group_idx, 4)
         scale = builder.fmul(w_scale, load(builder, x_scales, place, FLOAT))
-        dot = fma(builder, group_dot(group_idx), splat(builder, scale, LANES), builder.load(totals[0]))
+        dot = fma(
+            builder, operands.group_dot(builder, group_idx), splat(builder, scale, LANES), builder.load(totals[0])
+        )
         builder.store(dot, totals[0])
         if row_format.kind == "q4":
             shift = builder.fmul(w_scale, load(builder, x_offsets, place, FLOAT))
@@ -214,10 +265,21 @@ def quantize_vector(typing_context, code, x, levels, scales, offsets, num_groups
 
 
 @intrinsic
+def pair_groups(typing_context, code, levels, num_groups):  # type: ignore[no-untyped-def]
+    """Bring levels from quantize_vector into int8_dot's order, in place: of two groups of 32, low nibbles' first."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        switch_formats(builder, args[0], _emit_pair_groups, args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+@intrinsic
 def int8_dot(  # type: ignore[no-untyped-def]
     typing_context, code, row, scales, levels, x_scales, x_offsets, num_groups, ahead
 ):
-    """Dot product of a packed row with a vector from quantize_vector of the same format. All int64 -> float32.
+    """Dot product of a packed row with a vector from quantize_vector and pair_groups. All int64 -> float32.
 
     ahead: address of the row that will be read next, or any other: it is prefetched meanwhile, since rows are too short
     for the processor to see where they lead.

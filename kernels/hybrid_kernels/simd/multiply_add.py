@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llvmlite import ir
 
 from hybrid_kernels.native.instruction_sets import instruction_set
 from hybrid_kernels.simd.emit import BYTES, I32, INTS, SHORTS, call, every, shuffle
+
+MOST_SHORT_SUMS = 8  # times two products of at most 15 * 127: still an int16
 
 
 def dot_unsigned(builder: ir.IRBuilder, w: ir.Value, x: ir.Value, total: ir.Value) -> ir.Value:
@@ -20,6 +24,21 @@ def dot_unsigned(builder: ir.IRBuilder, w: ir.Value, x: ir.Value, total: ir.Valu
             return _sdot(builder, w, x, total)
         case "portable":
             return _widened_dot(builder, builder.zext(w, _wide(32)), x, total)
+
+
+def dots_unsigned(builder: ir.IRBuilder, factors: Sequence[tuple[ir.Value, ir.Value]], total: ir.Value) -> ir.Value:
+    """dot_unsigned of up to eight pairs (w, x), whose products fit 16 bits together: widened only once."""
+    if instruction_set() != "avx2":
+        for w, x in factors:
+            total = dot_unsigned(builder, w, x, total)
+        return total
+    assert len(factors) <= MOST_SHORT_SUMS
+    shorts = [call(builder, "llvm.x86.avx2.pmadd.ub.sw", SHORTS, [w, x]) for w, x in factors]
+    while len(shorts) > 1:
+        shorts = [builder.add(*shorts[idx : idx + 2]) for idx in range(0, len(shorts) - 1, 2)] + (
+            shorts[-1:] if len(shorts) % 2 else []
+        )
+    return builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", INTS, [shorts[0], every(SHORTS, 1)]))
 
 
 def dot_signed(builder: ir.IRBuilder, w: ir.Value, x: ir.Value, total: ir.Value) -> ir.Value:

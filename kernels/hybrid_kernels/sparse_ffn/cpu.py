@@ -4,6 +4,10 @@ Bound by the bytes of the active bundles. A gate that does not fire spares its u
 the neuron zero spares its down row. Active neurons are cut into a fixed number of shares, each with an output of its
 own, which `sum_shares` adds in order: results do not depend on the number of workers. Down rows wait until there are
 MOST_ROWS of them, because the output is read and written once a pass.
+
+The memory must never wait for arithmetic, nor arithmetic for the memory: rows are prefetched in the order in which they
+lie, some bundles before they are read, one for each row that is read; also while down rows are added, which then lie in
+the worker's cache, and on into the worker's next share.
 """
 
 from __future__ import annotations
@@ -11,9 +15,10 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from hybrid_kernels.native.input_layout import CODE, GROUPS, MOST_ROWS, ROW_SCRATCH_BYTES, VALUE_BYTES, VECTOR_COLUMNS
+from hybrid_kernels.native.input_layout import CODE, GROUPS, ROW_SCRATCH_BYTES, VALUE_BYTES, VECTOR_COLUMNS
 from hybrid_kernels.native.inputs import prepare_input, row_times_input, row_times_input_ahead, scratch_behind_vector
 from hybrid_kernels.native.memory_access import atomic_add, get_f32, get_i32, get_i64, put_f32, put_i32, put_i64
+from hybrid_kernels.packed_order import MOST_ROWS
 from hybrid_kernels.row_codes import FIRST_QUANTIZED
 from hybrid_kernels.simd.float_rows import row_axpy4
 from hybrid_kernels.simd.int8_add import SCRATCH_BYTES, int8_add_rows
@@ -30,6 +35,8 @@ from hybrid_kernels.sparse_ffn.layout import (
     DATA,
     GATE_BIAS,
     HAS_GATE,
+    LIST_SIZE,
+    LISTS,
     NUM_NEURONS,
     NUM_SHARES,
     NUM_SLOTS,
@@ -41,52 +48,88 @@ from hybrid_kernels.sparse_ffn.layout import (
     UP_BIAS,
 )
 
-LIST_OFFSET = 3072  # behind the waiting rows' addresses, factors and int8_add_rows's scratch
-MOST_LISTED = (ROW_SCRATCH_BYTES - LIST_OFFSET) // 4
-assert 12 * MOST_ROWS + SCRATCH_BYTES <= LIST_OFFSET
+FACTORS_OFFSET = 8 * MOST_ROWS  # of a worker's memory for rows: behind the waiting rows' addresses
+AHEADS_OFFSET = FACTORS_OFFSET + 4 * MOST_ROWS
+QUEUE_OFFSET = AHEADS_OFFSET + 8 * MOST_ROWS
+ADD_OFFSET = QUEUE_OFFSET + 64  # int8_add_rows's scratch
+assert ADD_OFFSET + SCRATCH_BYTES <= ROW_SCRATCH_BYTES
+
+# int64 words of a worker's queue: the share that it runs, the one after it (once drawn), and the prefetching
+TASK, COUNT, SIDE, NEXT_TASK, NEXT_COUNT, AHEAD, ROWS_AHEAD, COUNTER = range(8)
 
 
 def run_neurons(arguments: int, worker: int, counter: int) -> None:
     """Every share of every network; see the module."""
-    num_shares = get_i64(arguments, NUM_SHARES)
-    is_prepared = False
-    while True:
-        task = atomic_add(counter, 1)
-        if task >= num_shares * get_i64(arguments, NUM_SLOTS):
-            return
-        if not is_prepared:
-            prepare_input(arguments, worker, 0)
-            is_prepared = True
-        slot = task // num_shares
-        _run_share(arguments, worker, slot, task - slot * num_shares)
+    num_tasks = get_i64(arguments, NUM_SHARES) * get_i64(arguments, NUM_SLOTS)
+    task = atomic_add(counter, 1)
+    if task >= num_tasks:
+        return
+    prepare_input(arguments, worker, 0)
+    queue = scratch_behind_vector(arguments, worker) + QUEUE_OFFSET
+    put_i64(queue, TASK, task)
+    put_i64(queue, SIDE, 0)
+    put_i64(queue, COUNT, _list_share(arguments, worker, task, 0))
+    put_i64(queue, NEXT_TASK, -1)
+    put_i64(queue, AHEAD, 0)
+    put_i64(queue, ROWS_AHEAD, _rows_read(arguments))
+    put_i64(queue, COUNTER, counter)
+    while get_i64(queue, TASK) < num_tasks:
+        y = get_i64(arguments, SHARES) + get_i64(queue, TASK) * get_i64(arguments, VECTOR_COLUMNS) * 4
+        fill_zeros(y, 0, get_i64(arguments, VECTOR_COLUMNS))
+        _run_listed(arguments, worker, queue, y)
+        _draw_next(arguments, worker, queue)
+        ahead = get_i64(queue, AHEAD) - get_i64(queue, COUNT) * get_i64(queue, ROWS_AHEAD)
+        put_i64(queue, AHEAD, max(ahead, 0))
+        put_i64(queue, TASK, get_i64(queue, NEXT_TASK))
+        put_i64(queue, COUNT, get_i64(queue, NEXT_COUNT))
+        put_i64(queue, SIDE, 1 - get_i64(queue, SIDE))
+        put_i64(queue, NEXT_TASK, -1)
 
 
 @numba.njit(error_model="numpy")
-def _run_share(arguments: int, worker: int, slot: int, share: int) -> None:
-    num_shares, width = get_i64(arguments, NUM_SHARES), get_i64(arguments, VECTOR_COLUMNS)
-    y = get_i64(arguments, SHARES) + (slot * num_shares + share) * width * 4
-    fill_zeros(y, 0, width)
-    chosen = get_i64(arguments, CHOSEN)
-    network = get_i64(arguments, BUNDLES) + (0 if chosen == 0 else get_i64(chosen, slot)) * BUNDLE_WORDS * 8
-    if get_i64(arguments, SELECTED) == 0:
-        num_neurons = get_i64(arguments, NUM_NEURONS)
-        first, last = num_neurons * share // num_shares, num_neurons * (share + 1) // num_shares
-        _run_range(arguments, worker, network, y, first, last)
+def _draw_next(arguments: int, worker: int, queue: int) -> None:
+    """Draw the worker's next share and list its neurons, if that was not done."""
+    if get_i64(queue, NEXT_TASK) >= 0:
+        return
+    task = atomic_add(get_i64(queue, COUNTER), 1)
+    put_i64(queue, NEXT_TASK, task)
+    if task >= get_i64(arguments, NUM_SHARES) * get_i64(arguments, NUM_SLOTS):
+        put_i64(queue, NEXT_COUNT, 0)
     else:
-        _run_selected(arguments, worker, network, y, slot, share)
+        put_i64(queue, NEXT_COUNT, _list_share(arguments, worker, task, 1 - get_i64(queue, SIDE)))
 
 
 @numba.njit(error_model="numpy")
-def _run_range(arguments: int, worker: int, network: int, y: int, first: int, last: int) -> None:
-    waiting = 0
-    for neuron in range(first, last):
-        waiting = _run_neuron(arguments, worker, network, y, neuron, neuron + 1, waiting)
-    if waiting > 0:
-        _add_waiting(arguments, worker, y, waiting)
+def _network_of(arguments: int, task: int) -> int:
+    """Address of the record of the task's network."""
+    chosen, slot = get_i64(arguments, CHOSEN), task // get_i64(arguments, NUM_SHARES)
+    return get_i64(arguments, BUNDLES) + (0 if chosen == 0 else get_i64(chosen, slot)) * BUNDLE_WORDS * 8
 
 
 @numba.njit(error_model="numpy")
-def _run_selected(arguments: int, worker: int, network: int, y: int, slot: int, share: int) -> None:
+def _list_of(arguments: int, worker: int, side: int) -> int:
+    """Address of one of the worker's two lists of neurons."""
+    return get_i64(arguments, LISTS) + (2 * worker + side) * get_i64(arguments, LIST_SIZE) * 4
+
+
+@numba.njit(error_model="numpy")
+def _list_share(arguments: int, worker: int, task: int, side: int) -> int:
+    """List the neurons of a task's share, so that each knows those after it; returns how many."""
+    listed, num_shares = _list_of(arguments, worker, side), get_i64(arguments, NUM_SHARES)
+    slot = task // num_shares
+    share = task - slot * num_shares
+    if get_i64(arguments, SELECTED) != 0:
+        return _list_selected(arguments, listed, slot, share)
+    num_neurons = get_i64(arguments, NUM_NEURONS)
+    first = num_neurons * share // num_shares
+    count = num_neurons * (share + 1) // num_shares - first
+    for idx in range(count):
+        put_i32(listed, idx, first + idx)
+    return count
+
+
+@numba.njit(error_model="numpy")
+def _list_selected(arguments: int, listed: int, slot: int, share: int) -> int:
     """The share's part of the selected neurons, which lie in blocks with gaps between them."""
     num_neurons, block_size = get_i64(arguments, NUM_NEURONS), get_i64(arguments, BLOCK)
     num_blocks = (num_neurons + block_size - 1) // block_size
@@ -97,76 +140,109 @@ def _run_selected(arguments: int, worker: int, network: int, y: int, slot: int, 
         total += get_i64(counts, block)
     num_shares = get_i64(arguments, NUM_SHARES)
     first, last = total * share // num_shares, total * (share + 1) // num_shares
-    listed = scratch_behind_vector(arguments, worker) + LIST_OFFSET
-    before, waiting, num_listed = 0, 0, 0
+    before, num_listed = 0, 0
     for block in range(num_blocks):
         count = get_i64(counts, block)
         for place in range(max(first - before, 0), min(last - before, count)):
             put_i32(listed, num_listed, get_i32(selected, block * block_size + place))
             num_listed += 1
-            if num_listed == MOST_LISTED:
-                waiting = _run_listed(arguments, worker, network, y, listed, num_listed, waiting)
-                num_listed = 0
         before += count
         if before >= last:
             break
-    waiting = _run_listed(arguments, worker, network, y, listed, num_listed, waiting)
-    if waiting > 0:
-        _add_waiting(arguments, worker, y, waiting)
+    return num_listed
 
 
 @numba.njit(error_model="numpy")
-def _run_listed(arguments: int, worker: int, network: int, y: int, listed: int, num_listed: int, waiting: int) -> int:
-    """Neurons by number, side by side so that each knows the one after it; returns how many down rows wait."""
-    for idx in range(num_listed):
-        following = get_i32(listed, min(idx + 1, num_listed - 1))
-        waiting = _run_neuron(arguments, worker, network, y, get_i32(listed, idx), following, waiting)
-    return waiting
-
-
-@numba.njit(error_model="numpy")
-def _run_neuron(arguments: int, worker: int, network: int, y: int, neuron: int, following: int, waiting: int) -> int:
-    """Gate, up, and the down row put among those that wait; returns how many do. following: the neuron after it."""
-    bundle_stride, row_stride = get_i64(network, BUNDLE_STRIDE), get_i64(network, ROW_STRIDE)
-    row = get_i64(network, DATA) + neuron * bundle_stride
-    next_bundle = get_i64(network, DATA) + following * bundle_stride
+def _rows_read(arguments: int) -> int:
+    """How many of a bundle's rows are most likely read: only the gate where nothing predicts that it fires."""
+    if get_i64(arguments, HAS_GATE) == 0:
+        return 2
     kind, threshold = get_i64(arguments, ACTIVATION), get_f32(arguments, 2 * THRESHOLD)
-    read_rows = get_i64(arguments, READ_ROWS)
-    gate = np.float32(0.0)
-    if get_i64(arguments, HAS_GATE) != 0:
-        if get_i64(arguments, SELECTED) != 0 or not is_silenced(kind, threshold, np.float32(-1.0)):
-            gate = row_times_input(arguments, worker, row, row + row_stride)
-        else:
-            gate = row_times_input(arguments, worker, row, next_bundle)
-        if get_i64(network, GATE_BIAS) != 0:
-            gate += get_f32(get_i64(network, GATE_BIAS), neuron)
-        put_i64(read_rows, worker * 8, get_i64(read_rows, worker * 8) + 1)
-        if is_silenced(kind, threshold, gate):
-            return waiting
-        row += row_stride
-    up = row_times_input_ahead(arguments, worker, row, row + row_stride, next_bundle)
-    if get_i64(network, UP_BIAS) != 0:
-        up += get_f32(get_i64(network, UP_BIAS), neuron)
-    put_i64(read_rows, worker * 8 + 1, get_i64(read_rows, worker * 8 + 1) + 1)
-    hidden = activate(kind, gate, up)
-    if hidden == 0.0:
-        return waiting
-    put_i64(read_rows, worker * 8 + 2, get_i64(read_rows, worker * 8 + 2) + 1)
-    behind = scratch_behind_vector(arguments, worker)
-    put_i64(behind, waiting, row + row_stride)
-    put_f32(behind + 8 * MOST_ROWS, waiting, np.float32(hidden))
-    waiting += 1
-    if waiting == MOST_ROWS:
-        _add_waiting(arguments, worker, y, waiting)
-        waiting = 0
-    return waiting
+    return 3 if get_i64(arguments, SELECTED) != 0 or not is_silenced(kind, threshold, np.float32(-1.0)) else 1
 
 
 @numba.njit(error_model="numpy")
-def _add_waiting(arguments: int, worker: int, y: int, waiting: int) -> None:
+def _next_ahead(arguments: int, worker: int, queue: int, passed: int) -> int:
+    """Address of the next row to prefetch. passed: rows of the share that were read or are being read."""
+    ahead = max(get_i64(queue, AHEAD), passed)
+    put_i64(queue, AHEAD, ahead + 1)
+    rows_ahead, side = get_i64(queue, ROWS_AHEAD), get_i64(queue, SIDE)
+    task, count = get_i64(queue, TASK), get_i64(queue, COUNT)
+    idx = ahead // rows_ahead
+    part = ahead - idx * rows_ahead
+    if idx >= count:
+        _draw_next(arguments, worker, queue)
+        next_count = get_i64(queue, NEXT_COUNT)
+        if next_count == 0:
+            idx = count - 1  # nothing is left: a row that is at hand
+        else:
+            idx = min(idx - count, next_count - 1)
+            task, side = get_i64(queue, NEXT_TASK), 1 - side
+    network, neuron = _network_of(arguments, task), get_i32(_list_of(arguments, worker, side), idx)
+    row = get_i64(network, DATA) + neuron * get_i64(network, BUNDLE_STRIDE)
+    return row + part * get_i64(network, ROW_STRIDE)
+
+
+@numba.njit(error_model="numpy")
+def _run_listed(arguments: int, worker: int, queue: int, y: int) -> None:
+    """The neurons of the worker's share.
+
+    Every row that is read prefetches one of the rows ahead, in the order in which they lie in memory.
+    """
+    network = _network_of(arguments, get_i64(queue, TASK))
+    listed, count = _list_of(arguments, worker, get_i64(queue, SIDE)), get_i64(queue, COUNT)
+    data, bundle_stride = get_i64(network, DATA), get_i64(network, BUNDLE_STRIDE)
+    row_stride = get_i64(network, ROW_STRIDE)
+    gate_bias, up_bias = get_i64(network, GATE_BIAS), get_i64(network, UP_BIAS)
+    kind, threshold = get_i64(arguments, ACTIVATION), get_f32(arguments, 2 * THRESHOLD)
+    has_gate, rows_ahead = get_i64(arguments, HAS_GATE), get_i64(queue, ROWS_AHEAD)
+    waiting_rows = scratch_behind_vector(arguments, worker)
+    waiting, num_gates, num_ups, num_downs = 0, 0, 0, 0
+    for idx in range(count):
+        neuron = get_i32(listed, idx)
+        row, gate = data + neuron * bundle_stride, np.float32(0.0)
+        passed = rows_ahead * idx + 1
+        if has_gate != 0:
+            gate = row_times_input(arguments, worker, row, _next_ahead(arguments, worker, queue, passed))
+            passed += 1
+            if gate_bias != 0:
+                gate += get_f32(gate_bias, neuron)
+            num_gates += 1
+            if is_silenced(kind, threshold, gate):
+                continue
+            row += row_stride
+        ahead = row + row_stride if rows_ahead == 1 else _next_ahead(arguments, worker, queue, passed)
+        if get_i64(queue, AHEAD) <= rows_ahead * (idx + 1):  # nothing is ahead yet: an up row's time is two rows' too
+            further = _next_ahead(arguments, worker, queue, passed)
+            up = row_times_input_ahead(arguments, worker, row, ahead, further)
+        else:
+            up = row_times_input(arguments, worker, row, ahead)
+        if up_bias != 0:
+            up += get_f32(up_bias, neuron)
+        num_ups += 1
+        hidden = activate(kind, gate, up)
+        if hidden == 0.0:
+            continue
+        num_downs += 1
+        put_i64(waiting_rows, waiting, row + row_stride)
+        put_f32(waiting_rows + FACTORS_OFFSET, waiting, np.float32(hidden))
+        waiting += 1
+        if waiting == MOST_ROWS:
+            _add_waiting(arguments, worker, queue, y, waiting, rows_ahead * (idx + 1))
+            waiting = 0
+    if waiting > 0:
+        _add_waiting(arguments, worker, queue, y, waiting, rows_ahead * count)
+    read_rows = get_i64(arguments, READ_ROWS) + worker * 64
+    put_i64(read_rows, 0, get_i64(read_rows, 0) + num_gates)
+    put_i64(read_rows, 1, get_i64(read_rows, 1) + num_ups)
+    put_i64(read_rows, 2, get_i64(read_rows, 2) + num_downs)
+
+
+@numba.njit(error_model="numpy")
+def _add_waiting(arguments: int, worker: int, queue: int, y: int, waiting: int, passed: int) -> None:
     """Add the down rows that wait, each times its neuron's value, to y."""
     rows = scratch_behind_vector(arguments, worker)
-    factors = rows + 8 * MOST_ROWS
+    factors, aheads = rows + FACTORS_OFFSET, rows + AHEADS_OFFSET
     code, groups, value_bytes = get_i64(arguments, CODE), get_i64(arguments, GROUPS), get_i64(arguments, VALUE_BYTES)
     multiple = 2 if code >= FIRST_QUANTIZED else 4
     padded = (waiting + multiple - 1) // multiple * multiple
@@ -174,7 +250,9 @@ def _add_waiting(arguments: int, worker: int, y: int, waiting: int) -> None:
         put_i64(rows, idx, get_i64(rows, 0))
         put_f32(factors, idx, np.float32(0.0))
     if code >= FIRST_QUANTIZED:
-        int8_add_rows(code, rows, factors, padded // 2, y, groups, value_bytes, factors + 4 * MOST_ROWS)
+        for idx in range(padded):
+            put_i64(aheads, idx, _next_ahead(arguments, worker, queue, passed))
+        int8_add_rows(code, rows, factors, padded // 2, y, groups, value_bytes, rows + ADD_OFFSET, aheads)
         return
     for idx in range(0, padded, 4):
         row_axpy4(

@@ -15,9 +15,17 @@ from hybrid_kernels.native.input_layout import INPUT_WORDS
     BLOCK,  # neurons of such a block
     NUM_SHARES,  # into how many shares a network's neurons are cut
     SHARES,  # address of float32 [NUM_SLOTS, NUM_SHARES, VECTOR_COLUMNS], written: each share's output in packed order
-    READ_ROWS,  # address of int64 [3]: gate, up and down rows read, added to
-) = range(INPUT_WORDS, INPUT_WORDS + 13)
-NUM_WORDS = INPUT_WORDS + 13
+    READ_ROWS,  # address of int64 [workers, 8]: gate, up and down rows that each read, added to
+    LISTS,  # address of int32 [workers, 2, LIST_SIZE], written: the neurons of a worker's share, and of its next one
+    LIST_SIZE,  # most_listed(NUM_NEURONS, NUM_SHARES)
+) = range(INPUT_WORDS, INPUT_WORDS + 15)
+NUM_WORDS = INPUT_WORDS + 15
+
+
+def most_listed(num_neurons: int, num_shares: int) -> int:
+    """Neurons of the largest share."""
+    return -(-num_neurons // num_shares)
+
 
 BUNDLE_WORDS = 5
 DATA, BUNDLE_STRIDE, ROW_STRIDE, GATE_BIAS, UP_BIAS = range(BUNDLE_WORDS)
