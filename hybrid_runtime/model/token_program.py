@@ -35,7 +35,7 @@ from hybrid_kernels.routing import layout as routing_words
 from hybrid_kernels.routing.reference import ROUTER_SCORES
 from hybrid_kernels.row_codes import format_code, num_groups, vector_columns
 from hybrid_kernels.sparse_ffn import layout as ffn_words
-from hybrid_kernels.team import Operation, Program, Team
+from hybrid_kernels.team import Beginning, Operation, Program, Team
 from hybrid_runtime.config import ModelConfig, StreamPoint
 from hybrid_runtime.model.kv_cache import Q8, KvCache, position_bytes
 from hybrid_runtime.model.rope_frequencies import rope_frequencies
@@ -43,6 +43,7 @@ from hybrid_runtime.model.weights import DecoderLayer, DecoderWeights, Norm, Pro
 
 NUM_SHARES = 32  # of a feed-forward network: the last ones to finish keep the others waiting by a 32nd of it at most
 TASK_BYTES = 96 << 10  # of rows that a worker draws at once: some microseconds of reading
+BEGINNING_BYTES = 32 << 10  # of a worker's first task: what the memory brings while it waits at a barrier
 ROWS_PER_BLOCK = 64  # of a predictor's second matrix
 PADDING = 128  # columns: vectors are as long as the largest group wants them
 
@@ -356,7 +357,8 @@ class TokenProgram:
             )
         weight = projections[0].weight
         assert all(projection.weight.row_format == weight.row_format for projection in projections)
-        row_bytes = weight.row_format.row_bytes(weight.columns)
+        rows_per_task = ROWS_PER_BLOCK if counts is not None else _task_rows(weight)
+        beginning = _beginning(weight, rows_per_task) if chosen is None else None
         values: dict[int, Word] = {
             input_words.INPUT_STRIDE: input_stride,
             linear_words.NUM_MATRICES: len(outputs),
@@ -365,12 +367,11 @@ class TokenProgram:
             linear_words.OUTPUTS: self._keep(targets),
             linear_words.OUTPUT_KIND: kind,
             linear_words.THRESHOLD: float(threshold),
-            linear_words.ROWS_PER_TASK: ROWS_PER_BLOCK if counts is not None else _task_rows(row_bytes),
+            linear_words.ROWS_PER_TASK: rows_per_task,
+            linear_words.NUM_STATIC: 0 if beginning is None else self._team.num_threads,
         }
-        vector = self._vector(x, norm, weight.row_format, weight.columns)
-        return Operation(
-            kernel("project", weight.row_format), label, words(linear_words.NUM_WORDS, vector | values), barrier
-        )
+        arguments = words(linear_words.NUM_WORDS, self._vector(x, norm, weight.row_format, weight.columns) | values)
+        return Operation(kernel("project", weight.row_format), label, arguments, barrier, beginning)
 
 
 def _matrix_words(projection: Projection) -> Mapping[int, Word]:
@@ -387,8 +388,13 @@ def _matrix_words(projection: Projection) -> Mapping[int, Word]:
     }
 
 
-def _task_rows(row_bytes: int) -> int:
-    return max(1, TASK_BYTES // row_bytes)
+def _task_rows(weight: PackedMatrix) -> int:
+    return max(1, TASK_BYTES // weight.rows.stride(0))
+
+
+def _beginning(weight: PackedMatrix, rows_per_task: int) -> Beginning:
+    task_bytes = rows_per_task * weight.rows.stride(0)
+    return Beginning(weight.rows.data_ptr(), task_bytes, min(task_bytes, BEGINNING_BYTES))
 
 
 def _padded(size: int) -> int:

@@ -29,12 +29,23 @@ class Operation:
     """One kernel of a program. arguments: int64 words whose meaning the kernel's file defines.
 
     label: what profiles call it. barrier: whether the next operation reads what other workers write in this one.
+    beginning: what each worker reads first, which is known long before, so that it is prefetched ahead of the barrier.
     """
 
     kernel: Kernel
     label: str
     arguments: np.ndarray
     barrier: bool = True
+    beginning: Beginning | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """num_bytes at address + worker * stride."""
+
+    address: int
+    stride: int
+    num_bytes: int
 
 
 class Program:
@@ -50,6 +61,11 @@ class Program:
             row[words.FUNCTION] = library.address(operation.kernel)
             row[words.ARGUMENTS] = operation.arguments.ctypes.data
             row[words.BARRIER] = int(operation.barrier)
+        for before, operation in zip(self.words, operations[1:], strict=False):
+            if operation.beginning is not None:
+                before[words.AHEAD] = operation.beginning.address
+                before[words.AHEAD_STRIDE] = operation.beginning.stride
+                before[words.AHEAD_BYTES] = operation.beginning.num_bytes
 
     def ticks_by_label(self) -> dict[str, int]:
         """Ticks of the time counter since the last reset, by label."""

@@ -10,8 +10,9 @@ from hybrid_kernels.native.input_layout import INPUT_WORDS
     OUTPUT_KIND,
     THRESHOLD,  # float32, of SELECT
     ROWS_PER_TASK,
-) = range(INPUT_WORDS, INPUT_WORDS + 7)
-NUM_WORDS = INPUT_WORDS + 7
+    NUM_STATIC,  # the number of workers: each begins with the task of its own number, prefetched before; 0: drawn too
+) = range(INPUT_WORDS, INPUT_WORDS + 8)
+NUM_WORDS = INPUT_WORDS + 8
 
 MATRIX_WORDS = 8
 ROWS, STRIDE, NUM_ROWS, BIAS, MATRIX_COLUMNS, MATRIX_VECTOR_COLUMNS, MATRIX_GROUPS, MATRIX_VALUE_BYTES = range(8)

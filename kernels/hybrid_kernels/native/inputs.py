@@ -27,6 +27,8 @@ from hybrid_kernels.simd.float_rows import row_dot
 from hybrid_kernels.simd.int8_rows import int8_dot, int8_dot_ahead, pair_groups, quantize_vector
 from hybrid_kernels.simd.vectors import copy_values, fill_zeros, layer_norm, rms_norm
 
+LEAST_AHEAD = 2304  # bytes: what a core reads in some two of the memory's latencies
+
 
 @numba.njit(error_model="numpy")
 def scratch_of(arguments: int, worker: int) -> int:
@@ -91,8 +93,23 @@ def row_times_input_ahead(arguments: int, worker: int, row: int, ahead: int, fur
 
 
 @numba.njit(error_model="numpy")
-def rows_times_input(arguments: int, worker: int, row: int, stride: int, num_rows: int, output: int) -> None:
-    """Dot products of rows, stride bytes apart, with the prepared vector: float32 [num_rows] at output."""
+def bytes_ahead(stride: int) -> int:
+    """How far rows_times_input prefetches: one row of stride bytes, which was fastest, or several short ones."""
+    return max(stride, LEAST_AHEAD)
+
+
+@numba.njit(error_model="numpy")
+def rows_times_input(
+    arguments: int, worker: int, row: int, stride: int, num_rows: int, output: int, end: int, following: int
+) -> None:
+    """Dot products of rows, stride bytes apart, with the prepared vector: float32 [num_rows] at output.
+
+    What lies bytes_ahead further is prefetched: up to end, and then from following on.
+    """
+    distance = bytes_ahead(stride)
     for idx in range(num_rows):
         place = row + idx * stride
-        put_f32(output, idx, row_times_input(arguments, worker, place, place + 2 * stride))
+        ahead = place + distance
+        if ahead >= end:
+            ahead += following - end
+        put_f32(output, idx, row_times_input(arguments, worker, place, ahead))

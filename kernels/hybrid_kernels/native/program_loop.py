@@ -10,6 +10,7 @@ from hybrid_kernels.native.memory_access import (
     atomic_put,
     call_kernel,
     get_i64,
+    prefetch,
     put_i64,
     relax,
     sleep_while,
@@ -17,6 +18,9 @@ from hybrid_kernels.native.memory_access import (
     wake_all,
 )
 from hybrid_kernels.native.state_layout import (
+    AHEAD,
+    AHEAD_BYTES,
+    AHEAD_STRIDE,
     ARGUMENTS,
     ARRIVED,
     BARRIER,
@@ -64,6 +68,12 @@ def _meet(state: int) -> None:
 
 
 @numba.njit(error_model="numpy")
+def _prefetch_bytes(address: int, num_bytes: int) -> None:
+    for line in range(0, num_bytes, LINE * 8):
+        prefetch(address + line)
+
+
+@numba.njit(error_model="numpy")
 def _operations(state: int, worker: int) -> None:
     program, counters = get_i64(state, PROGRAM), get_i64(state, COUNTERS)
     for idx in range(get_i64(state, LENGTH)):
@@ -71,6 +81,8 @@ def _operations(state: int, worker: int) -> None:
         started = ticks()
         call_kernel(get_i64(operation, FUNCTION), get_i64(operation, ARGUMENTS), worker, counters + idx * LINE * 8)
         if get_i64(operation, BARRIER) != 0:
+            ahead = get_i64(operation, AHEAD) + worker * get_i64(operation, AHEAD_STRIDE)
+            _prefetch_bytes(ahead, get_i64(operation, AHEAD_BYTES))
             _meet(state)
         if worker == 0:
             put_i64(operation, TICKS, get_i64(operation, TICKS) + ticks() - started)

@@ -11,12 +11,13 @@ A team's state, int64 words, each on a cache line of its own:
     CLOSED            not zero: workers return
     NUM_WORKERS       the caller's thread included
 
-An operation is four int64 words: the kernel's address, its arguments' address, whether a barrier follows, and ticks of
-the processor's time counter that worker 0 has spent in it, barrier included (added to, for profiles).
+An operation is eight int64 words: the kernel's address, its arguments' address, whether a barrier follows, ticks of the
+processor's time counter that worker 0 has spent in it, barrier included (added to, for profiles), and what each worker
+prefetches before that barrier: an address, the bytes from it to the next worker's, and how many bytes (0: nothing).
 """
 
 LINE = 8  # int64 words
 EPOCH, ARRIVED, GENERATION, SLEEPERS, PROGRAM, LENGTH, COUNTERS, CLOSED, NUM_WORKERS = range(0, 9 * LINE, LINE)
 STATE_WORDS = 9 * LINE
-OPERATION_WORDS = 4
-FUNCTION, ARGUMENTS, BARRIER, TICKS = range(OPERATION_WORDS)
+OPERATION_WORDS = 8
+FUNCTION, ARGUMENTS, BARRIER, TICKS, AHEAD, AHEAD_STRIDE, AHEAD_BYTES, _UNUSED = range(OPERATION_WORDS)
