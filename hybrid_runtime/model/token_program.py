@@ -43,7 +43,7 @@ from hybrid_runtime.model.weights import DecoderLayer, DecoderWeights, Norm, Pro
 
 NUM_SHARES = 32  # of a feed-forward network: the last ones to finish keep the others waiting by a 32nd of it at most
 TASK_BYTES = 96 << 10  # of rows that a worker draws at once: some microseconds of reading
-BEGINNING_BYTES = 32 << 10  # of a worker's first task: what the memory brings while it waits at a barrier
+BEGINNING_BYTES = 32 << 10  # of a worker's first tasks: what the memory brings while it waits at a barrier
 ROWS_PER_BLOCK = 64  # of a predictor's second matrix
 PADDING = 128  # columns: vectors are as long as the largest group wants them
 
@@ -357,8 +357,13 @@ class TokenProgram:
             )
         weight = projections[0].weight
         assert all(projection.weight.row_format == weight.row_format for projection in projections)
-        rows_per_task = ROWS_PER_BLOCK if counts is not None else _task_rows(weight)
-        beginning = _beginning(weight, rows_per_task) if chosen is None else None
+        row_bytes = weight.rows.stride(0)
+        rows_per_task = ROWS_PER_BLOCK if counts is not None else max(1, TASK_BYTES // row_bytes)
+        beginning = (
+            None
+            if chosen is not None
+            else Beginning(weight.rows.data_ptr(), rows_per_task * row_bytes, BEGINNING_BYTES)
+        )
         values: dict[int, Word] = {
             input_words.INPUT_STRIDE: input_stride,
             linear_words.NUM_MATRICES: len(outputs),
@@ -386,15 +391,6 @@ def _matrix_words(projection: Projection) -> Mapping[int, Word]:
         linear_words.MATRIX_GROUPS: num_groups(weight.row_format, weight.columns),
         linear_words.MATRIX_VALUE_BYTES: weight.row_format.value_bytes(weight.columns),
     }
-
-
-def _task_rows(weight: PackedMatrix) -> int:
-    return max(1, TASK_BYTES // weight.rows.stride(0))
-
-
-def _beginning(weight: PackedMatrix, rows_per_task: int) -> Beginning:
-    task_bytes = rows_per_task * weight.rows.stride(0)
-    return Beginning(weight.rows.data_ptr(), task_bytes, min(task_bytes, BEGINNING_BYTES))
 
 
 def _padded(size: int) -> int:
