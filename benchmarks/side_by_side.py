@@ -122,9 +122,16 @@ class Programs:
             "--prompt",
             "Once",
         ]
+        command += ["--max-tokens", "1", "--threads", str(self.num_threads)]
         started_s = time.perf_counter()
-        _output([*command, "--max-tokens", "1", "--threads", str(self.num_threads)], environment=environment)
-        return {"seconds": time.perf_counter() - started_s}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
+            assert process.stdout is not None
+            first = process.stdout.read(1)  # the prompt is not printed: this is the token
+            seconds = time.perf_counter() - started_s
+            process.stdout.read()
+        if process.returncode or not first:
+            raise subprocess.CalledProcessError(process.returncode, command)
+        return {"seconds": seconds}
 
     def _models(self) -> tuple[Path | None, ...]:
         return self.files.dense, self.files.sparse, self.files.gguf, self.files.stories
