@@ -359,11 +359,9 @@ class TokenProgram:
         assert all(projection.weight.row_format == weight.row_format for projection in projections)
         row_bytes = weight.rows.stride(0)
         rows_per_task = ROWS_PER_BLOCK if counts is not None else max(1, TASK_BYTES // row_bytes)
-        beginning = (
-            None
-            if chosen is not None
-            else Beginning(weight.rows.data_ptr(), rows_per_task * row_bytes, BEGINNING_BYTES)
-        )
+        beginning = None
+        if chosen is None:
+            beginning = Beginning(weight.rows.data_ptr(), rows_per_task * row_bytes, BEGINNING_BYTES)
         values: dict[int, Word] = {
             input_words.INPUT_STRIDE: input_stride,
             linear_words.NUM_MATRICES: len(outputs),

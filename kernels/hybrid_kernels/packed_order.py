@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hybrid_kernels.quantization.row_format import RowFormat
 
-MOST_ROWS = (
-    16  # rows added at once: more spread reading the sum over more, but lie in more pages than a core keeps at hand
-)
+# Rows added at once: more would spread reading the sum over more of them, but each lies in a page of its own, of which
+# a core keeps few at hand.
+MOST_ROWS = 16
 assert MOST_ROWS * 8 * 127 < 1 << 15  # sums of nibbles times factors are int16
 
 

@@ -96,6 +96,7 @@ def project_operation(team, x, matrices, outputs, seconds, *, columns, barrier=T
         linear_words.OUTPUT_KIND: options.get("kind", linear_words.STORE),
         linear_words.THRESHOLD: float(options.get("threshold", 0.0)),
         linear_words.ROWS_PER_TASK: options.get("rows_per_task", 5),
+        linear_words.NUM_STATIC: options.get("num_static", 0),
     }
     arguments = words(linear_words.NUM_WORDS, values)
     kept = (scratch, table, targets, x, outputs, seconds, matrices, options)

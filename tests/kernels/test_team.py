@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hybrid_kernels.native.load import KernelLibrary
 from hybrid_kernels.packed_matrix import PackedMatrix
 from hybrid_kernels.quantization.reference import quantize_rows
 from hybrid_kernels.quantization.row_format import RowFormat
-from hybrid_kernels.team import MOST_THREADS, Operation, Team
+from hybrid_kernels.team import MOST_THREADS, Beginning, Operation, Team
 
 from .kernel_calls import decode_ffn, nan_floats, project, project_operation
 
@@ -43,7 +44,7 @@ def team_of(library):
         each.close()
 
 
-def chain(team, length=6, size=24):
+def chain(team, length=6, size=24, **options):
     """A program whose every operation reads what all workers wrote in the one before; its input, output and answer."""
     matrices = torch.randint(-2, 3, (length, size, size)).float()
     x = torch.randint(-2, 3, (size,)).float()
@@ -52,9 +53,10 @@ def chain(team, length=6, size=24):
     for idx, dense in enumerate(matrices):
         weight = PackedMatrix(quantize_rows(dense / 8, F32), size, F32)  # an eighth: exact, and the product stays small
         operation, own = project_operation(
-            team, vectors[idx], [(weight, None)], [vectors[idx + 1]], [None], columns=size, rows_per_task=1
+            team, vectors[idx], [(weight, None)], [vectors[idx + 1]], [None], columns=size, rows_per_task=1, **options
         )
-        operations.append(operation)
+        beginning = Beginning(weight.rows.data_ptr(), weight.rows.stride(0), 4096)
+        operations.append(replace(operation, beginning=beginning if options else None))
         kept.append(own)
         expected = dense / 8 @ expected
     return team.program(operations), kept, vectors, expected
@@ -71,6 +73,20 @@ def test_an_operation_sees_what_all_workers_wrote_before_its_barrier(team_of, nu
         team.run(program)
         assert np.array_equal(vectors[-1], expected.numpy())
     del kept
+
+
+@THREADS
+def test_workers_may_begin_with_the_tasks_of_their_own_numbers(team_of, num_threads):
+    """Those are prefetched before the barrier, beyond the rows too; there are fewer tasks than workers, or more."""
+    team = team_of(num_threads)
+    for size in (1, 3, 24):
+        program, kept, vectors, expected = chain(team, size=size, num_static=num_threads)
+        for _ in range(50):
+            for vector in vectors[1:]:
+                vector.fill(np.nan)
+            team.run(program)
+            assert np.array_equal(vectors[-1], expected.numpy())
+        del kept
 
 
 def test_thousands_of_empty_programs_do_not_hang(team_of):
@@ -174,12 +190,17 @@ def test_results_do_not_depend_on_the_number_of_threads(team_of, row_format, ran
         torch.randn(200),
     )
     active = torch.rand(1, 300) < 0.4
+    few = torch.arange(300)[None] % 37 == 0  # fewer than there are shares
+    experts = {"chosen": [1, 0], "weights": [0.7, 0.3]}
+    other = random_bundles(300, 200, row_format, gated=True)
     expected = None
     for num_threads in (1, 2, 4, 7):
         team = team_of(num_threads)
         found = (
             project(team, x, weight),
             *(decode_ffn(team, x, [bundles], Activation("drelu"), active=a)[0] for a in (None, active)),
+            decode_ffn(team, x, [bundles], Activation("drelu"), active=few, num_shares=32)[0],
+            decode_ffn(team, x, [bundles, other], Activation("drelu"), active=active.expand(2, -1), **experts)[0],
         )
         expected = expected or found
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -51,7 +51,7 @@ from hybrid_kernels.simd.vectors import add_values
 def project(arguments: int, worker: int, counter: int) -> None:
     """Rows of one or several matrices of one format times a vector, which each worker norms and quantises itself."""
     num_matrices, num_static = get_i64(arguments, NUM_MATRICES), get_i64(arguments, NUM_STATIC)
-    prepared = -1
+    own, prepared = _input_of(arguments, worker), -1
     task = worker if num_static > 0 else atomic_add(counter, 1)
     matrix_idx, first = _place_of(arguments, task)
     while matrix_idx < num_matrices:
@@ -59,7 +59,7 @@ def project(arguments: int, worker: int, counter: int) -> None:
         if matrix_idx != prepared:
             if prepared < 0 or get_i64(arguments, INPUT_STRIDE) != 0:
                 _copy_input(arguments, worker, matrix)
-                prepare_input(_input_of(arguments, worker), worker, matrix_idx)
+                prepare_input(own, worker, matrix_idx)
             prepared = matrix_idx
         rows, stride = get_i64(matrix, ROWS), get_i64(matrix, STRIDE)
         last = min(first + get_i64(arguments, ROWS_PER_TASK), get_i64(matrix, NUM_ROWS))
@@ -67,11 +67,9 @@ def project(arguments: int, worker: int, counter: int) -> None:
         output = get_i64(arguments, OUTPUTS) + matrix_idx * OUTPUT_WORDS * 8
         products = get_i64(output, OUTPUT) + 4 * first
         if get_i64(arguments, OUTPUT_KIND) == SELECT:  # ROWS_PER_TASK of them, which MOST_SELECTED allows for
-            products = scratch_behind_vector(_input_of(arguments, worker), worker)
-        near_end = max(
-            last - (bytes_ahead(stride) + stride - 1) // stride, first
-        )  # from here on the next task's rows are ahead
-        own = _input_of(arguments, worker)
+            products = scratch_behind_vector(own, worker)
+        num_near_end = (bytes_ahead(stride) + stride - 1) // stride  # rows while which the next task's are prefetched
+        near_end = max(last - num_near_end, first)
         rows_times_input(own, worker, rows + first * stride, stride, near_end - first, products, end, end)
         task = atomic_add(counter, 1) + num_static
         next_matrix_idx, next_first = _place_of(arguments, task)
