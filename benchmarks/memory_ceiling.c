@@ -123,7 +123,7 @@ static void run_network(Worker *worker) {
     for (long idx = 0; idx < worker->count; idx++) {
         const char *gate = memory + (long)worker->bundles[idx] * BUNDLE;
         worker->result += dot(gate, next_row(worker, 3 * idx + 1));
-        if (worker->ahead < 3 * idx + 4) {
+        if (worker->ahead < 3 * idx + 3) {
             const char *row = next_row(worker, 3 * idx + 2);
             for (int line = 0; line < ROW; line += 64) prefetch(row + line);
         }

@@ -124,13 +124,17 @@ class Programs:
         ]
         command += ["--max-tokens", "1", "--threads", str(self.num_threads)]
         started_s = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
+        with (
+            tempfile.TemporaryFile() as errors,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment) as process,
+        ):
             assert process.stdout is not None
             first = process.stdout.read(1)  # the prompt is not printed: this is the token
             seconds = time.perf_counter() - started_s
             process.stdout.read()
-        if process.returncode or not first:
-            raise subprocess.CalledProcessError(process.returncode, command)
+            if process.wait() or not first.strip():
+                errors.seek(0)
+                sys.exit(f"{' '.join(command)} printed no token:\n{errors.read().decode(errors='replace')[-2000:]}")
         return {"seconds": seconds}
 
     def _models(self) -> tuple[Path | None, ...]:

@@ -41,10 +41,11 @@ from hybrid_runtime.model.kv_cache import Q8, KvCache, position_bytes
 from hybrid_runtime.model.rope_frequencies import rope_frequencies
 from hybrid_runtime.model.weights import DecoderLayer, DecoderWeights, Norm, Projection
 
-NUM_SHARES = 32  # of a feed-forward network: the last ones to finish keep the others waiting by a 32nd of it at most
+NUM_SHARES = 32  # of a feed-forward network: the last ones to finish keep the others waiting by two of them at most
 TASK_BYTES = 96 << 10  # of rows that a worker draws at once: some microseconds of reading
 BEGINNING_BYTES = 32 << 10  # of a worker's first tasks: what the memory brings while it waits at a barrier
 ROWS_PER_BLOCK = 64  # of a predictor's second matrix
+assert ROWS_PER_BLOCK <= linear_words.MOST_SELECTED
 PADDING = 128  # columns: vectors are as long as the largest group wants them
 
 

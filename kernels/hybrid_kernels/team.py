@@ -2,7 +2,7 @@
 
 A program is a list of kernels with their arguments, prepared once and run many times: a whole token is one call from
 Python, which lets go of the GIL. Workers draw shares of each operation's work from a counter, so that one which another
-process has pushed aside holds up the others by one share only.
+process has pushed aside holds up the others by two shares at most.
 """
 
 from __future__ import annotations

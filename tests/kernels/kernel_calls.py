@@ -114,11 +114,12 @@ def project(team, x, weight, bias=None, *, residual=None, **options):
     return torch.from_numpy(output)
 
 
-def select(team, x, weight, threshold, rows_per_task=NEURONS_PER_BLOCK):
+def select(team, x, weight, threshold, rows_per_task=NEURONS_PER_BLOCK, num_static=0):
     """x: [K] -> the selected rows' numbers, task by task as they lie in memory."""
     num_tasks = -(-weight.num_rows // rows_per_task)
     chosen, counts = np.full(weight.num_rows, -1, dtype=np.int32), np.full(num_tasks, -1, dtype=np.int64)
     options = {"kind": linear_words.SELECT, "threshold": threshold, "rows_per_task": rows_per_task}
+    options |= {"num_static": num_static}
     operation, kept = project_operation(
         team, x, [(weight, None)], [chosen], [counts], columns=weight.columns, **options
     )
@@ -150,7 +151,8 @@ def decode_ffn(team, x, networks, activation, *, active=None, chosen=None, weigh
     selected, counts = _as_blocks(active, slots, num_neurons)
     shares = nan_floats(slots, num_shares, width)
     read_rows = np.zeros((team.num_threads, 8), dtype=np.int64)
-    lists = np.full((team.num_threads, 2, ffn_words.most_listed(num_neurons, num_shares)), -1, dtype=np.int32)
+    list_size = ffn_words.most_listed(num_neurons, num_shares)
+    lists = np.full((team.num_threads + 1, 2, list_size), -1, dtype=np.int32)  # the last is nobody's
     scratch, values = vector_values(team, x, row_format, hidden)
     values |= {
         ffn_words.NUM_SLOTS: slots,
@@ -194,6 +196,7 @@ def decode_ffn(team, x, networks, activation, *, active=None, chosen=None, weigh
         Operation(kernel("run_neurons", row_format), "neurons", words(ffn_words.NUM_WORDS, values)),
         Operation(kernel("sum_shares"), "sum", words(ffn_words.SUM_WORDS, sums)),
     )
+    assert (lists[-1] == -1).all()
     return torch.from_numpy(output), read_rows.sum(axis=0)[:3].tolist()
 
 

@@ -20,6 +20,8 @@ SHAPES = {
     "T2-K257-N7": (2, 257, 7),
     "T5-K128-N130": (5, 128, 130),
     "T33-K333-N9": (33, 333, 9),
+    "T2-K256-N70": (2, 256, 70),  # eight groups of 32, which go two at a time, and none besides
+    "T2-K600-N7": (2, 600, 7),  # twice eight, and three
 }
 
 formats = pytest.mark.parametrize("row_format", FORMATS, ids=str)
@@ -228,25 +230,32 @@ def test_relu_leaves_nothing_below_zero(row_format, random_matrix, team):
 
 
 @formats
-@pytest.mark.parametrize("rows_per_task", [1, 7, 64])
+@pytest.mark.parametrize("rows_per_task", [1, 7, 64, layout.MOST_SELECTED])
 @pytest.mark.parametrize("threshold", [-1e9, -0.5, 0.0, 0.5, 1e9])
 def test_select_lists_the_rows_above_the_threshold(row_format, rows_per_task, threshold, random_matrix, team):
-    weight, x = random_matrix(150, 100, row_format), torch.randn(100)
+    num_rows = max(150, rows_per_task + 6)
+    weight, x = random_matrix(num_rows, 100, row_format), torch.randn(100)
     product = project(team, x, weight)
     expected = [
         [start + idx for idx, value in enumerate(part.tolist()) if value > threshold]
-        for start, part in zip(range(0, 150, rows_per_task), product.split(rows_per_task), strict=True)
+        for start, part in zip(range(0, num_rows, rows_per_task), product.split(rows_per_task), strict=True)
     ]
-    assert select(team, x, weight, threshold, rows_per_task) == expected
+    for num_static in (0, team.num_threads):
+        assert select(team, x, weight, threshold, rows_per_task, num_static=num_static) == expected
 
 
 @formats
-def test_several_matrices_are_one_operation(row_format, random_matrix, team):
+@pytest.mark.parametrize("is_static", [False, True], ids=["drawn", "static"])
+@pytest.mark.parametrize("rows_per_task", [5, 40])
+def test_several_matrices_are_one_operation(row_format, is_static, rows_per_task, random_matrix, team):
     """Queries, keys and values: different heights, some with a bias; the tasks of one end where the next begin."""
     matrices = [(random_matrix(rows, 100, row_format, seed=rows), None) for rows in (33, 1, 8)]
     matrices[1] = (matrices[1][0], torch.ones(1))
     x, outputs = torch.randn(100), [nan_floats(rows) for rows in (33, 1, 8)]
-    operation, kept = project_operation(team, x, matrices, outputs, [None] * 3, columns=100)
+    num_static = team.num_threads if is_static else 0
+    operation, kept = project_operation(
+        team, x, matrices, outputs, [None] * 3, columns=100, rows_per_task=rows_per_task, num_static=num_static
+    )
     run(team, operation)
     for output, (weight, bias) in zip(kept[4], matrices, strict=True):
         assert torch.equal(torch.from_numpy(output), project(team, x, weight, bias))

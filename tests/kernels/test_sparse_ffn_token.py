@@ -214,7 +214,7 @@ def test_large_gates_do_not_overflow(row_format, kind, random_bundles, team):
 
 @formats
 def test_extreme_values_do_not_overflow(row_format, random_bundles, team):
-    """32 rows at their largest times factors at their largest: what sums in 16 bits must hold, row by row and lane."""
+    """16 rows at their largest times factors at their largest: what sums in 16 bits must hold, row by row and lane."""
     bundles = random_bundles(320, 256, row_format, gated=False)
     signs = torch.where(torch.rand(2 * 320, 256) < 0.5, -1.0, 1.0)
     signs[: 2 * 64] = 1

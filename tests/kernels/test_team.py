@@ -13,6 +13,7 @@ import torch
 from hybrid_kernels.activation import Activation
 from hybrid_kernels.native.kernel_names import kernel
 from hybrid_kernels.native.load import KernelLibrary
+from hybrid_kernels.native.state_layout import AHEAD, AHEAD_BYTES, AHEAD_STRIDE
 from hybrid_kernels.packed_matrix import PackedMatrix
 from hybrid_kernels.quantization.reference import quantize_rows
 from hybrid_kernels.quantization.row_format import RowFormat
@@ -87,6 +88,15 @@ def test_workers_may_begin_with_the_tasks_of_their_own_numbers(team_of, num_thre
             team.run(program)
             assert np.array_equal(vectors[-1], expected.numpy())
         del kept
+
+
+def test_a_beginning_belongs_to_the_operation_before(team_of):
+    """Prefetching changes no result, so one place off would not show otherwise."""
+    program, kept, *_ = chain(team_of(2), length=3, num_static=2)
+    beginnings = [operation.beginning for operation in program.operations]
+    wanted = [[each.address, each.stride, each.num_bytes] for each in beginnings[1:]] + [[0, 0, 0]]
+    assert program.words[:, [AHEAD, AHEAD_STRIDE, AHEAD_BYTES]].tolist() == wanted
+    del kept
 
 
 def test_thousands_of_empty_programs_do_not_hang(team_of):

@@ -1,6 +1,6 @@
 """Arguments of `project`: rows of one or several matrices times a vector."""
 
-from hybrid_kernels.native.input_layout import INPUT_WORDS
+from hybrid_kernels.native.input_layout import INPUT_WORDS, ROW_SCRATCH_BYTES
 
 (
     NUM_MATRICES,
@@ -10,7 +10,7 @@ from hybrid_kernels.native.input_layout import INPUT_WORDS
     OUTPUT_KIND,
     THRESHOLD,  # float32, of SELECT
     ROWS_PER_TASK,
-    NUM_STATIC,  # the number of workers: each begins with the task of its own number, prefetched before; 0: drawn too
+    NUM_STATIC,  # the number of workers: each begins with the task of its own number, which may be prefetched; 0: drawn
 ) = range(INPUT_WORDS, INPUT_WORDS + 8)
 NUM_WORDS = INPUT_WORDS + 8
 
@@ -25,4 +25,4 @@ STORE, RELU, SELECT = range(3)
 """STORE: OUTPUT float32 [NUM_ROWS] = product + bias (+ RESIDUAL's, where there is one). RELU: the same, none below 0.
 SELECT: the rows whose product exceeds THRESHOLD, in ascending order: OUTPUT int32 [NUM_ROWS], those of a task from its
 first row's place on; RESIDUAL int64 [tasks], how many there are of each."""
-MOST_SELECTED = 1024  # rows of a task of SELECT: their products lie in a worker's scratch
+MOST_SELECTED = ROW_SCRATCH_BYTES // 4  # rows of a task of SELECT: their products lie in a worker's scratch

@@ -69,7 +69,7 @@ def prepare_input(arguments: int, worker: int, input_idx: int) -> None:
 
 @numba.njit(error_model="numpy")
 def row_times_input(arguments: int, worker: int, row: int, ahead: int) -> float:
-    """Dot product of a row with the prepared vector. ahead: the row that will be read next, for prefetching."""
+    """Dot product of a row with the prepared vector. ahead: what will be read soon, for prefetching."""
     code, groups = get_i64(arguments, CODE), get_i64(arguments, GROUPS)
     vector, scales = scratch_of(arguments, worker), row + get_i64(arguments, VALUE_BYTES)
     if code < FIRST_QUANTIZED:

@@ -8,7 +8,7 @@ Products of bytes are summed in integers over one group, and groups in float32. 
 largest (linear/reference.py states it exactly), and takes far fewer instructions than float32 does.
 
 Vectors of q4 rows are in packed order: of a group's bytes, taken 16 (group 32) or 32 at a time, first all low nibbles,
-then all high ones. `packed_columns` says which column comes where.
+then all high ones. `packed_columns` says which column comes where; for int8_dot, pair_groups changes that.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def int8_dot(  # type: ignore[no-untyped-def]
 ):
     """Dot product of a packed row with a vector from quantize_vector and pair_groups. All int64 -> float32.
 
-    ahead: address of the row that will be read next, or any other: it is prefetched meanwhile, since rows are too short
+    ahead: address of a row that will be read soon, or any other: it is prefetched meanwhile, since rows are too short
     for the processor to see where they lead.
     """
 

@@ -79,7 +79,8 @@ def run_neurons(arguments: int, worker: int, counter: int) -> None:
         _run_listed(arguments, worker, queue, y)
         _draw_next(arguments, worker, queue)
         ahead = get_i64(queue, AHEAD) - get_i64(queue, COUNT) * get_i64(queue, ROWS_AHEAD)
-        put_i64(queue, AHEAD, max(ahead, 0))
+        most_ahead = get_i64(queue, NEXT_COUNT) * get_i64(queue, ROWS_AHEAD)  # past them nothing new was asked for
+        put_i64(queue, AHEAD, min(max(ahead, 0), most_ahead))
         put_i64(queue, TASK, get_i64(queue, NEXT_TASK))
         put_i64(queue, COUNT, get_i64(queue, NEXT_COUNT))
         put_i64(queue, SIDE, 1 - get_i64(queue, SIDE))
