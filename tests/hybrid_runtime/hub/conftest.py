@@ -15,6 +15,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -319,6 +320,14 @@ class Client:
 
     def partials(self) -> list[Path]:
         return sorted(self.cache_dir.rglob("*.incomplete"))
+
+    def partial_sizes(self) -> list[int]:
+        """Bytes of each partial file; one that arrives whole between the listing and the look is left out."""
+        sizes = []
+        for path in self.partials():
+            with suppress(FileNotFoundError):
+                sizes.append(path.stat().st_size)
+        return sizes
 
     def visible(self) -> list[Path]:
         """Everything that a reader could find below snapshots/."""

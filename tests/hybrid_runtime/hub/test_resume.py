@@ -37,7 +37,7 @@ def test_process_killed_mid_download_resumes_in_a_new_process(hub, client):
     hub.add(client.repo, files)
     hub.stall_after[client.shard_1] = [2_000_000]
     worker = client.start_process()
-    wait_until(lambda: any(path.stat().st_size >= 1_900_000 for path in client.partials()))
+    wait_until(lambda: any(size >= 1_900_000 for size in client.partial_sizes()))
     worker.kill()
     assert worker.wait() == -9
     hub.release.set()
