@@ -1,0 +1,1 @@
+"""Training small sparse models: what `hybrid-train` does, without its command line."""

@@ -1,0 +1,90 @@
+"""Saving a run's state so that a kill at any moment costs the steps since the last one, and nothing else.
+
+One safetensors file a checkpoint: the weights in float32 and AdamW's two moments by canonical name, and the step. It is
+written under a temporary name, synced and renamed, and only then is the one before the last removed: a disk that fills
+leaves the older ones as they were.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hybrid_runtime.errors import BudgetError, CheckpointError
+
+KEPT = 2
+MOMENTS = ("exp_avg", "exp_avg_sq")
+TEMPORARY = ".tmp"
+_FILE = re.compile(r"step-(\d{8})\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """num_steps: that are done; weights and moments (exp_avg, exp_avg_sq) by canonical name, float32."""
+
+    num_steps: int
+    weights: Mapping[str, torch.Tensor]
+    moments: Mapping[str, Mapping[str, torch.Tensor]]
+
+
+def save_state(folder: Path, state: State) -> Path:
+    """Write, then forget all but the newest KEPT. Raise BudgetError when the disk does not hold it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{state.num_steps:08d}.safetensors"
+    tensors = {f"weights/{name}": tensor.detach() for name, tensor in state.weights.items()}
+    for moment in MOMENTS:
+        tensors |= {f"{moment}/{name}": tensor for name, tensor in state.moments[moment].items()}
+    write_tensors(path, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {})
+    for _, old in list_states(folder)[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def load_state(path: Path) -> State:
+    """What save_state wrote, in memory. Raise CheckpointError for a file that is broken."""
+    parts: dict[str, dict[str, torch.Tensor]] = {"weights": {}, MOMENTS[0]: {}, MOMENTS[1]: {}}
+    match = _FILE.fullmatch(path.name)
+    assert match is not None
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            for name in file.keys():  # noqa: SIM118  # it is no dict
+                part, _, tensor = name.partition("/")
+                parts[part][tensor] = file.get_tensor(name).clone()
+    except (SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{path}: is no checkpoint of hybrid-train: {error}; remove it to resume before") from error
+    return State(int(match[1]), parts["weights"], {moment: parts[moment] for moment in MOMENTS})
+
+
+def list_states(folder: Path) -> list[tuple[int, Path]]:
+    """(steps done, file) of every whole checkpoint, oldest first."""
+    if not folder.is_dir():
+        return []
+    matches = ((_FILE.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, whole or not at all. Raise BudgetError when it cannot be written."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        save_file(dict(tensors), temporary, dict(metadata) or None)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise BudgetError(
+            f"{path}: could not be written: {error}; what was saved before is untouched; make room and run again"
+        ) from error

@@ -1,0 +1,211 @@
+"""The run's text as tokens on disk, and the batches that a step reads: a function of the seed and the step alone.
+
+Every document is kept once, BOS + words + EOS, in one file of 32-bit ids that is mapped and never read whole. An epoch
+is an order of documents, each as often as its file's weight says, laid end to end and cut into sequences; attention
+crosses from one document to the next, as is usual. What comes at step n needs no state beyond n: a run that was killed
+goes on with the very same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid_runtime.errors import UsageError
+from hybrid_runtime.text.tokenizer import Tokenizer
+from hybrid_runtime.typed_json import from_json
+from hybrid_tools.training.documents import SEPARATOR, TextFile, is_held_out, read_documents
+
+TOKENS_FILE = "tokens.bin"
+INDEX_FILE = "index.json"
+HELD_OUT_FOLDER = "held_out"
+_ID = np.dtype("<u4")
+
+Ids = npt.NDArray[np.uint32]
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class FileCounts:
+    """What one file gave: documents and tokens for training, documents held out; sha256 of the text read."""
+
+    name: str
+    num_bytes: int
+    weight: float
+    num_documents: int
+    num_tokens: int
+    num_held_out: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusIndex:
+    """What tokens.bin holds, file by file, and how long each document is. held_out: share of documents left out."""
+
+    held_out: float
+    files: tuple[FileCounts, ...]
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """tokens: all documents end to end; lengths: [documents]; weights: [documents], how often an epoch reads each."""
+
+    tokens: Ids
+    lengths: Counts
+    weights: npt.NDArray[np.float64]
+    index: CorpusIndex
+
+    @property
+    def tokens_per_epoch(self) -> float:
+        """Expected tokens of one epoch, repeats included."""
+        return float((self.lengths * self.weights).sum())
+
+    def digest(self) -> str:
+        """Hex digest of the texts and their weights: another corpus cannot continue a run."""
+        parts = [f"{file.sha256}:{file.weight!r}" for file in self.index.files]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def refuse_other(self, files: Sequence[TextFile], held_out: float, where: str) -> None:
+        """Raise UsageError when a run that is to go on names other files, weights or another held-out share."""
+        asked = [(file.path.name, file.path.stat().st_size, file.weight) for file in files]
+        found = [(file.name, file.num_bytes, file.weight) for file in self.index.files]
+        if asked != found or held_out != self.index.held_out:
+            raise UsageError(
+                f"{where}: was made of {_listed(found)} with --held-out {self.index.held_out}, "
+                f"asked for {_listed(asked)} with --held-out {held_out}; name another folder"
+            )
+
+
+def _listed(files: Sequence[tuple[str, int, float]]) -> str:
+    return ", ".join(f"{name}@{weight:g} ({num_bytes} bytes)" for name, num_bytes, weight in files)
+
+
+def write_corpus(files: Sequence[TextFile], held_out: float, tokenizer: Tokenizer, folder: Path) -> None:
+    """Tokenize every file into folder, held-out documents as text of their own. Raise UsageError when nothing is left.
+
+    The index is written last: a folder without one is not finished.
+    """
+    held_out_folder = folder / HELD_OUT_FOLDER
+    held_out_folder.mkdir(parents=True, exist_ok=True)
+    counts, lengths = [], []
+    with (folder / TOKENS_FILE).open("wb") as out:
+        for idx, file in enumerate(files):
+            held_path = held_out_folder / f"{idx:02d}-{file.path.name.removesuffix('.gz')}"
+            digest = hashlib.sha256()
+            file_lengths = []
+            num_held_out = 0
+            with held_path.open("w", encoding="utf-8") as held:
+                for document in read_documents(file.path):
+                    digest.update(document.encode() + b"\0")
+                    if is_held_out(document, held_out):
+                        held.write(f"{document}\n{SEPARATOR}\n")
+                        num_held_out += 1
+                        continue
+                    ids = document_ids(tokenizer, document)
+                    out.write(np.asarray(ids, _ID).tobytes())
+                    file_lengths.append(len(ids))
+            if not file_lengths:
+                raise UsageError(f"--text {file.path}: holds no document to train on")
+            lengths += file_lengths
+            counts.append(
+                FileCounts(
+                    file.path.name, file.path.stat().st_size, file.weight, len(file_lengths), sum(file_lengths), num_held_out, digest.hexdigest()
+                )
+            )
+        out.flush()
+        os.fsync(out.fileno())
+    index = asdict(CorpusIndex(held_out, tuple(counts), tuple(lengths)))
+    temporary = folder / f"{INDEX_FILE}.tmp"
+    temporary.write_text(json.dumps(index))
+    temporary.rename(folder / INDEX_FILE)
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """Map what write_corpus wrote."""
+    index = from_json(CorpusIndex, json.loads((folder / INDEX_FILE).read_text()), "index.json")
+    lengths = np.asarray(index.lengths, np.int64)
+    weights = np.repeat([file.weight for file in index.files], [file.num_documents for file in index.files])
+    tokens = np.memmap(folder / TOKENS_FILE, _ID, mode="r")
+    if len(tokens) != lengths.sum():
+        raise UsageError(f"{folder / TOKENS_FILE}: has {len(tokens)} tokens, its index says {lengths.sum()}; remove it")
+    return Corpus(tokens, lengths, weights, index)
+
+
+def document_ids(tokenizer: Tokenizer, document: str) -> list[int]:
+    """BOS (where the vocabulary puts one), the words, EOS."""
+    assert tokenizer.eos_id is not None  # read_vocabulary saw to it
+    start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    return [*start, *tokenizer.encode(document, add_special=False), tokenizer.eos_id]
+
+
+class Batches:
+    """Batches by step. One epoch's order is held at a time; any step can be asked for, in any order."""
+
+    def __init__(self, corpus: Corpus, seed: int, num_sequences: int, seq_len: int) -> None:
+        self._corpus = corpus
+        self._seed = seed
+        self._num_sequences = num_sequences
+        self._seq_len = seq_len
+        self._starts = np.concatenate([[0], np.cumsum(corpus.lengths)])
+        self._epoch_idx = 0
+        self._first_step = 0
+        self._order, self._ends = self._epoch(0)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets of one step."""
+        return self._num_sequences * self._seq_len
+
+    def step(self, step_idx: int) -> Ids:
+        """Sequences [B, seq_len + 1] of step step_idx: inputs are all but the last column, targets all but the first."""
+        if step_idx < self._first_step:
+            self._epoch_idx, self._first_step = 0, 0
+            self._order, self._ends = self._epoch(0)
+        while step_idx >= self._first_step + self._steps_of_epoch():
+            self._first_step += self._steps_of_epoch()
+            self._epoch_idx += 1
+            self._order, self._ends = self._epoch(self._epoch_idx)
+        first = (step_idx - self._first_step) * self.tokens_per_step
+        row = self._read(first, self.tokens_per_step + 1)
+        sequences = np.lib.stride_tricks.sliding_window_view(row, self._seq_len + 1)[:: self._seq_len]
+        return np.ascontiguousarray(sequences)
+
+    def _steps_of_epoch(self) -> int:
+        return (int(self._ends[-1]) - 1) // self.tokens_per_step
+
+    def _epoch(self, epoch_idx: int) -> tuple[Counts, Counts]:
+        """Order of documents in this epoch, and the position after each."""
+        random = np.random.default_rng([self._seed, epoch_idx])
+        weights = self._corpus.weights
+        whole = np.floor(weights)
+        repeats = whole + (random.random(len(weights)) < weights - whole)
+        order = np.repeat(np.arange(len(weights)), repeats.astype(np.int64))
+        random.shuffle(order)
+        ends = np.cumsum(self._corpus.lengths[order])
+        if not len(ends) or ends[-1] <= self.tokens_per_step:
+            raise UsageError(
+                f"an epoch has {int(ends[-1]) if len(ends) else 0} tokens, "
+                f"one step reads {self.tokens_per_step}; give more text, or less --batch-tokens or --seq-len"
+            )
+        return order, ends
+
+    def _read(self, first: int, length: int) -> Ids:
+        """Tokens [first, first + length) of the epoch."""
+        pieces = []
+        document = int(np.searchsorted(self._ends, first, side="right"))
+        while length > 0:
+            end = int(self._ends[document])
+            taken = min(length, end - first)
+            source_end = int(self._starts[self._order[document] + 1])
+            source = source_end - (end - first)
+            pieces.append(self._corpus.tokens[source : source + taken])
+            first, length, document = first + taken, length - taken, document + 1
+        return np.concatenate(pieces)

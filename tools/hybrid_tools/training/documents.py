@@ -1,0 +1,89 @@
+"""Plain text as documents: files, plain or gzip, in which `<|endoftext|>` parts one document from the next.
+
+A file is read in pieces, never whole. Which documents are held out depends on their words alone, so that every model
+trained on the same text, today or in a year, is tested on the same documents, and a document that stands in two files
+is never in both halves.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from hybrid_runtime.errors import UsageError
+
+SEPARATOR = "<|endoftext|>"
+PIECE_CHARACTERS = 1 << 20
+LONGEST_DOCUMENT = 1 << 28  # characters held at once; a file without separators is one document
+SALT = "hybrid-train held-out"
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """One file of documents. weight: how often an epoch reads each document; 0.5 reads every second one."""
+
+    path: Path
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a weight that is not above 0 and below 1000."""
+        if not 0 < self.weight < 1000:
+            raise UsageError(f"--text {self.path}@{self.weight:g}: the weight must be above 0 and below 1000")
+
+
+def parse_text_file(text: str) -> TextFile:
+    """`PATH` or `PATH@WEIGHT`; raise UsageError for a file that is not there."""
+    path, at, weight = text.rpartition("@")
+    try:
+        file = TextFile(Path(path), float(weight)) if at else TextFile(Path(text))
+    except ValueError:
+        file = TextFile(Path(text))  # an @ in the name itself
+    if not file.path.is_file():
+        raise UsageError(f"--text {file.path}: no such file")
+    return file
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """The file's documents in order, without empty ones. Raise UsageError for what is no text."""
+    try:
+        with _open_text(path) as stream:
+            yield from _split(path, stream)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--text {path}: is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UsageError(f"--text {path}: is not a whole gzip file: {error}; fetch it again") from error
+    except OSError as error:
+        raise UsageError(f"--text {path}: cannot be read: {error.strerror or error}") from error
+
+
+def is_held_out(document: str, share: float) -> bool:
+    """Whether this document is for testing; a function of its words and the share alone."""
+    digest = hashlib.sha256(f"{SALT}\n{' '.join(document.split())}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2.0**64
+
+
+def _open_text(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8", newline="\n")
+    return path.open(encoding="utf-8", newline="\n")
+
+
+def _split(path: Path, stream: TextIO) -> Iterator[str]:
+    rest = ""
+    while piece := stream.read(PIECE_CHARACTERS):
+        *whole, rest = (rest + piece).split(SEPARATOR)
+        for document in whole:
+            if stripped := document.strip():
+                yield stripped
+        if len(rest) > LONGEST_DOCUMENT:
+            raise UsageError(
+                f"--text {path}: a document is longer than {LONGEST_DOCUMENT} characters; "
+                f"separate documents by {SEPARATOR}"
+            )
+    if stripped := rest.strip():
+        yield stripped
