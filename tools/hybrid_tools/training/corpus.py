@@ -1,8 +1,8 @@
 """The run's text as tokens on disk, and the batches that a step reads: a function of the seed and the step alone.
 
 Every document is kept once, BOS + words + EOS, in one file of 32-bit ids that is mapped and never read whole. An epoch
-is an order of documents, each as often as its file's weight says, laid end to end and cut into sequences; attention
-crosses from one document to the next, as is usual. What comes at step n needs no state beyond n: a run that was killed
+is an order of documents, each as often as its file's weight says, laid end to end, cut into sequences, and those
+shuffled; attention crosses from one document to the next, as is usual. What comes at step n needs no state beyond n: a run that was killed
 goes on with the very same batches.
 """
 
@@ -147,7 +147,10 @@ def document_ids(tokenizer: Tokenizer, document: str) -> list[int]:
 
 
 class Batches:
-    """Batches by step. One epoch's order is held at a time; any step can be asked for, in any order."""
+    """Batches by step. One epoch's order is held at a time; any step can be asked for, in any order.
+
+    Sequences are shuffled after they are cut, so that a long document does not fill a whole batch with itself.
+    """
 
     def __init__(self, corpus: Corpus, seed: int, num_sequences: int, seq_len: int) -> None:
         self._corpus = corpus
@@ -155,57 +158,59 @@ class Batches:
         self._num_sequences = num_sequences
         self._seq_len = seq_len
         self._starts = np.concatenate([[0], np.cumsum(corpus.lengths)])
-        self._epoch_idx = 0
         self._first_step = 0
-        self._order, self._ends = self._epoch(0)
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Targets of one step."""
-        return self._num_sequences * self._seq_len
+        self._epoch = self._make_epoch(0)
 
     def step(self, step_idx: int) -> Ids:
         """Sequences [B, seq_len + 1] of step step_idx: inputs are all but the last column, targets all but the first."""
         if step_idx < self._first_step:
-            self._epoch_idx, self._first_step = 0, 0
-            self._order, self._ends = self._epoch(0)
-        while step_idx >= self._first_step + self._steps_of_epoch():
-            self._first_step += self._steps_of_epoch()
-            self._epoch_idx += 1
-            self._order, self._ends = self._epoch(self._epoch_idx)
-        first = (step_idx - self._first_step) * self.tokens_per_step
-        row = self._read(first, self.tokens_per_step + 1)
-        sequences = np.lib.stride_tricks.sliding_window_view(row, self._seq_len + 1)[:: self._seq_len]
-        return np.ascontiguousarray(sequences)
+            self._first_step = 0
+            self._epoch = self._make_epoch(0)
+        while step_idx >= self._first_step + self._steps_of(self._epoch):
+            self._first_step += self._steps_of(self._epoch)
+            self._epoch = self._make_epoch(self._epoch.idx + 1)
+        first = (step_idx - self._first_step) * self._num_sequences
+        rows = self._epoch.sequences[first : first + self._num_sequences]
+        return np.stack([self._read(int(row) * self._seq_len, self._seq_len + 1) for row in rows])
 
-    def _steps_of_epoch(self) -> int:
-        return (int(self._ends[-1]) - 1) // self.tokens_per_step
+    def _steps_of(self, epoch: _Epoch) -> int:
+        return len(epoch.sequences) // self._num_sequences
 
-    def _epoch(self, epoch_idx: int) -> tuple[Counts, Counts]:
-        """Order of documents in this epoch, and the position after each."""
+    def _make_epoch(self, epoch_idx: int) -> _Epoch:
         random = np.random.default_rng([self._seed, epoch_idx])
         weights = self._corpus.weights
         whole = np.floor(weights)
         repeats = whole + (random.random(len(weights)) < weights - whole)
-        order = np.repeat(np.arange(len(weights)), repeats.astype(np.int64))
-        random.shuffle(order)
-        ends = np.cumsum(self._corpus.lengths[order])
-        if not len(ends) or ends[-1] <= self.tokens_per_step:
+        documents = np.repeat(np.arange(len(weights)), repeats.astype(np.int64))
+        random.shuffle(documents)
+        ends = np.cumsum(self._corpus.lengths[documents])
+        num_tokens = int(ends[-1]) if len(ends) else 0
+        epoch = _Epoch(epoch_idx, documents, ends, random.permutation(max(0, num_tokens - 1) // self._seq_len))
+        if not self._steps_of(epoch):
             raise UsageError(
-                f"an epoch has {int(ends[-1]) if len(ends) else 0} tokens, "
-                f"one step reads {self.tokens_per_step}; give more text, or less --batch-tokens or --seq-len"
+                f"an epoch has {num_tokens} tokens, one step reads {self._num_sequences * self._seq_len + 1}; "
+                "give more text, or less --batch-tokens or --seq-len"
             )
-        return order, ends
+        return epoch
 
     def _read(self, first: int, length: int) -> Ids:
         """Tokens [first, first + length) of the epoch."""
         pieces = []
-        document = int(np.searchsorted(self._ends, first, side="right"))
+        idx = int(np.searchsorted(self._epoch.ends, first, side="right"))
         while length > 0:
-            end = int(self._ends[document])
+            end = int(self._epoch.ends[idx])
             taken = min(length, end - first)
-            source_end = int(self._starts[self._order[document] + 1])
-            source = source_end - (end - first)
+            source = int(self._starts[self._epoch.documents[idx] + 1]) - (end - first)
             pieces.append(self._corpus.tokens[source : source + taken])
-            first, length, document = first + taken, length - taken, document + 1
+            first, length, idx = first + taken, length - taken, idx + 1
         return np.concatenate(pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    """documents: in their order; ends: the position after each; sequences: the order in which they are read."""
+
+    idx: int
+    documents: Counts
+    ends: Counts
+    sequences: Counts
