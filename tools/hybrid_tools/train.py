@@ -1,6 +1,6 @@
-"""hybrid-train: trains llama- and mixtral-shaped models from plain text, sparse ones above all.
+r"""hybrid-train: trains llama- and mixtral-shaped models from plain text, sparse ones above all.
 
-    hybrid-train --text stories.txt.gz@4 --text classics.txt --vocab-size 4096 --experts 4 --activation drelu \\
+    hybrid-train --text stories.txt.gz@4 --text classics.txt --vocab-size 4096 --experts 4 --activation drelu \
         --tokens 6M -o RUN
     hybrid-train --from SWIGLU_MODEL --relufy drelu --text stories.txt.gz --tokens 1M -o RUN
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -22,12 +22,13 @@ from hybrid_runtime.cli.program import run_program
 from hybrid_runtime.errors import UsageError
 
 if TYPE_CHECKING:  # torch takes seconds to import, --help should not
+    from hybrid_tools.training.recipe import FfnActivation
     from hybrid_tools.training.run import RunRequest
 
 ACTIVATIONS = ("swiglu", "relu", "drelu", "fatrelu")
 
 
-class Count(click.ParamType):
+class Count(click.ParamType[int]):
     """A number of tokens: 500000, 500K, 6M, 1.5B."""
 
     name = "count"
@@ -55,13 +56,17 @@ class Count(click.ParamType):
     metavar="FILE[@WEIGHT]",
     help="Text, plain or .gz, documents parted by <|endoftext|>; WEIGHT: how often an epoch reads it. Repeatable.",
 )
-@click.option("--output", "-o", "folder", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The run.")
+@click.option(
+    "--output", "-o", "folder", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The run."
+)
 @click.option("--tokens", required=True, type=Count(), metavar="N", help="Tokens to train on, e.g. 6M.")
 @click.option("--activation", type=click.Choice(ACTIVATIONS), help="Of a new model. [default: drelu]")
 @click.option("--from", "source", metavar="MODEL", type=click.Path(path_type=Path), help="Checkpoint to continue.")
 @click.option("--relufy", type=click.Choice(ACTIVATIONS[1:]), help="Replace the activation of --from, then train.")
 @click.option("--fatrelu-threshold", type=float, default=0.0, metavar="T", help="fatrelu's T.")
-@click.option("--l1", type=float, default=0.0, show_default=True, help="Largest weight of the L1 penalty on activations.")
+@click.option(
+    "--l1", type=float, default=0.0, show_default=True, help="Largest weight of the L1 penalty on activations."
+)
 @click.option("--l1-start", type=float, default=0.1, show_default=True, help="Share of the run at which it begins.")
 @click.option("--l1-end", type=float, default=0.6, show_default=True, help="Share of the run at which it is largest.")
 @click.option("--tokenizer", metavar="PATH", type=click.Path(path_type=Path), help="An existing one: folder or file.")
@@ -87,7 +92,9 @@ class Count(click.ParamType):
 @click.option("--clip", type=float, default=1.0, show_default=True, help="Largest norm of a step's gradient.")
 @click.option("--balance", type=float, default=0.01, show_default=True, help="Weight of the experts' balancing loss.")
 @click.option("--dtype", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True, help="Of the products.")
-@click.option("--save-dtype", type=click.Choice(["bf16", "f32"]), default="bf16", show_default=True, help="Of the model.")
+@click.option(
+    "--save-dtype", type=click.Choice(["bf16", "f32"]), default="bf16", show_default=True, help="Of the model."
+)
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads. [default: physical cores]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -153,7 +160,7 @@ def _request(options: dict[str, Any]) -> RunRequest:
             max_position_embeddings=options["context"],
             tie_word_embeddings=options["tie_embeddings"],
         ),
-        activation=None if kind is None else activation_of(kind, options["fatrelu_threshold"]),
+        activation=None if kind is None else activation_of(cast("FfnActivation", kind), options["fatrelu_threshold"]),
         source=None if options["source"] is None else open_checkpoint(options["source"]),
         tokenizer=options["tokenizer"],
         vocab_size=options["vocab_size"],

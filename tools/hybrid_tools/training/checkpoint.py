@@ -53,12 +53,14 @@ def load_state(path: Path) -> State:
     match = _FILE.fullmatch(path.name)
     assert match is not None
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # it is no dict
                 part, _, tensor = name.partition("/")
                 parts[part][tensor] = file.get_tensor(name).clone()
     except (SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{path}: is no checkpoint of hybrid-train: {error}; remove it to resume before") from error
+        raise CheckpointError(
+            f"{path}: is no checkpoint of hybrid-train: {error}; remove it to resume before"
+        ) from error
     return State(int(match[1]), parts["weights"], {moment: parts[moment] for moment in MOMENTS})
 
 
@@ -75,6 +77,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         save_file(dict(tensors), temporary, dict(metadata) or None)
+        temporary.chmod(0o644)  # safetensors leaves it readable for its owner alone
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.rename(path)

@@ -1,9 +1,9 @@
 """The run's text as tokens on disk, and the batches that a step reads: a function of the seed and the step alone.
 
 Every document is kept once, BOS + words + EOS, in one file of 32-bit ids that is mapped and never read whole. An epoch
-is an order of documents, each as often as its file's weight says, laid end to end, cut into sequences, and those
-shuffled; attention crosses from one document to the next, as is usual. What comes at step n needs no state beyond n: a run that was killed
-goes on with the very same batches.
+is an order of documents, each as often as its file's weight says, laid end to end and cut into sequences, which are
+shuffled; attention crosses from one document to the next, as is usual. What comes at step n needs no state beyond n: a
+run that was killed goes on with the very same batches.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _listed(files: Sequence[tuple[str, int, float]]) -> str:
 
 
 def write_corpus(files: Sequence[TextFile], held_out: float, tokenizer: Tokenizer, folder: Path) -> None:
-    """Tokenize every file into folder, held-out documents as text of their own. Raise UsageError when nothing is left.
+    """Tokenize every file into folder, held-out documents as text of their own.
 
     The index is written last: a folder without one is not finished.
     """
@@ -112,12 +112,17 @@ def write_corpus(files: Sequence[TextFile], held_out: float, tokenizer: Tokenize
                     ids = document_ids(tokenizer, document)
                     out.write(np.asarray(ids, _ID).tobytes())
                     file_lengths.append(len(ids))
-            if not file_lengths:
-                raise UsageError(f"--text {file.path}: holds no document to train on")
+            assert file_lengths, f"{file.path} is empty"  # refuse_empty saw to it
             lengths += file_lengths
             counts.append(
                 FileCounts(
-                    file.path.name, file.path.stat().st_size, file.weight, len(file_lengths), sum(file_lengths), num_held_out, digest.hexdigest()
+                    file.path.name,
+                    file.path.stat().st_size,
+                    file.weight,
+                    len(file_lengths),
+                    sum(file_lengths),
+                    num_held_out,
+                    digest.hexdigest(),
                 )
             )
         out.flush()
@@ -162,7 +167,7 @@ class Batches:
         self._epoch = self._make_epoch(0)
 
     def step(self, step_idx: int) -> Ids:
-        """Sequences [B, seq_len + 1] of step step_idx: inputs are all but the last column, targets all but the first."""
+        """[B, seq_len + 1]: inputs are all but the last column, targets all but the first."""
         if step_idx < self._first_step:
             self._first_step = 0
             self._epoch = self._make_epoch(0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -59,6 +59,17 @@ def read_documents(path: Path) -> Iterator[str]:
         raise UsageError(f"--text {path}: is not a whole gzip file: {error}; fetch it again") from error
     except OSError as error:
         raise UsageError(f"--text {path}: cannot be read: {error.strerror or error}") from error
+
+
+def refuse_empty(files: Sequence[TextFile], held_out: float) -> None:
+    """Raise UsageError for a file without a document to train on, before any work."""
+    for file in files:
+        if not any(not is_held_out(document, held_out) for document in read_documents(file.path)):
+            is_empty = next(read_documents(file.path), None) is None
+            raise UsageError(
+                f"--text {file.path}: holds no document to train on"
+                + ("" if is_empty else f": --held-out {held_out} keeps all of them for testing; use a smaller share")
+            )
 
 
 def is_held_out(document: str, share: float) -> bool:

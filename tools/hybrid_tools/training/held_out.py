@@ -32,7 +32,9 @@ class HeldOut:
         return sum(each.shape[0] * (each.shape[1] - 1) for each in self.sequences.values())
 
 
-def read_held_out(corpus_folder: Path, tokenizer: Tokenizer, seq_len: int, most_sequences: int | None = None) -> HeldOut:
+def read_held_out(
+    corpus_folder: Path, tokenizer: Tokenizer, seq_len: int, most_sequences: int | None = None
+) -> HeldOut:
     """The held-out documents of every file, packed as in training. most_sequences: of each file, from its start."""
     found = {}
     for path in sorted((corpus_folder / HELD_OUT_FOLDER).iterdir()):
@@ -60,7 +62,7 @@ def mean_losses(
     for name, sequences in held_out.sequences.items():
         device = weights["embed_tokens"].device
         total = torch.zeros((), dtype=torch.float64)
-        for batch in sequences.split(BATCH_SEQUENCES):
+        for batch in torch.split(sequences, BATCH_SEQUENCES):
             tokens = batch.to(device)
             with torch.no_grad():
                 logits = forward(config, weights, tokens[:, :-1], on_hidden).logits

@@ -36,7 +36,7 @@ def random_weights(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
 
 
 def checkpoint_weights(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The checkpoint's weights as float32. config: the checkpoint's own, with another activation or without predictors."""
+    """The checkpoint's weights as float32. config: its own, with another activation or without predictors."""
     return {name: checkpoint.read(name).float().clone() for name, _ in _shapes(config)}
 
 

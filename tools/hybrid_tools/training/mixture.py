@@ -40,7 +40,8 @@ def mix_experts(x: torch.Tensor, routing: Routing, num_experts: int, expert_of: 
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     copies = x.unsqueeze(1).expand(-1, per_token, -1).flatten(0, 1)
-    rows = _permute(copies, order, back).split(torch.bincount(chosen, minlength=num_experts).tolist())
+    counts = torch.bincount(chosen, minlength=num_experts).tolist()
+    rows = torch.split(_permute(copies, order, back), counts)
     outputs = torch.cat([expert_of(idx, each) for idx, each in enumerate(rows)])
     by_token = _permute(outputs, back, order).view(num_tokens, per_token, -1)
     return (by_token * routing.shares.unsqueeze(-1)).sum(dim=1)
@@ -66,11 +67,11 @@ class _Permutation(torch.autograd.Function):
     """rows[order]; the gradient goes back by the inverse permutation."""
 
     @staticmethod
-    def forward(context, rows, order, back):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205, D102
+    def forward(context, rows, order, back):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
         context.save_for_backward(back)
         return rows.index_select(0, order)
 
     @staticmethod
-    def backward(context, gradient):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205, D102
+    def backward(context, gradient):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
         (back,) = context.saved_tensors
         return gradient.index_select(0, back), None, None

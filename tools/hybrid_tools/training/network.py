@@ -50,7 +50,9 @@ def refuse_untrainable(config: ModelConfig, seq_len: int) -> None:
     }
     for what, is_there in found.items():
         if is_there:
-            raise UsageError(f"a {config.family} model with {what} cannot be trained here; llama and mixtral shapes can")
+            raise UsageError(
+                f"a {config.family} model with {what} cannot be trained here; llama and mixtral shapes can"
+            )
 
 
 def forward(config: ModelConfig, weights: Weights, tokens: torch.Tensor, on_hidden: OnHidden | None = None) -> Forward:

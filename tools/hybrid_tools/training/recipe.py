@@ -7,7 +7,8 @@ decides how the run is shown or how often it is saved is not here.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from hybrid_kernels.activation import Activation
@@ -99,24 +100,17 @@ class Optimisation:
 
     def __post_init__(self) -> None:
         """Raise UsageError naming the option that makes no sense."""
-        for name in ("total_tokens", "batch_tokens", "seq_len", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{_flag(name)} {getattr(self, name)}: expected at least 1")
+        for names, is_good, expected in _CHECKS:
+            for name in names:
+                value = getattr(self, name)
+                if not (math.isfinite(value) and is_good(value)):
+                    raise UsageError(f"--{_FLAGS.get(name, name.replace('_', '-'))} {value}: expected {expected}")
         if self.batch_tokens % self.seq_len:
             raise UsageError(f"--batch-tokens {self.batch_tokens} is not a multiple of --seq-len {self.seq_len}")
         if self.num_sequences % self.micro_batch:
             raise UsageError(
                 f"--micro-batch {self.micro_batch} does not divide the {self.num_sequences} sequences of a step"
             )
-        for name in ("learning_rate", "clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UsageError(f"--{_flag(name)} {getattr(self, name)}: expected a number above 0")
-        for name in ("weight_decay", "balance", "l1"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UsageError(f"--{_flag(name)} {getattr(self, name)}: expected a number from 0")
-        for name in ("final_learning_rate", "warmup", "l1_start", "l1_end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"--{_flag(name)} {getattr(self, name)}: expected a share from 0 to 1")
         if self.l1_start > self.l1_end:
             raise UsageError(f"--l1-start {self.l1_start} is after --l1-end {self.l1_end}")
         if self.dtype not in get_args(DType):
@@ -168,10 +162,14 @@ def activation_of(name: FfnActivation, threshold: float) -> Activation:
     return Activation(KINDS[name], threshold)
 
 
-def _flag(name: str) -> str:
-    names = {"total_tokens": "tokens", "learning_rate": "lr", "final_learning_rate": "final-lr"}
-    assert name in {field.name for field in fields(Optimisation)}
-    return names.get(name, name.replace("_", "-"))
+_FLAGS = {"total_tokens": "tokens", "learning_rate": "lr", "final_learning_rate": "final-lr"}
+_CHECKS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("total_tokens", "batch_tokens", "seq_len", "micro_batch"), lambda value: value >= 1, "at least 1"),
+    (("learning_rate", "clip"), lambda value: value > 0, "a number above 0"),
+    (("weight_decay", "balance", "l1"), lambda value: value >= 0, "a number from 0"),
+    (("final_learning_rate", "warmup", "l1_start", "l1_end"), lambda value: 0 <= value <= 1, "a share from 0 to 1"),
+    (("beta1", "beta2"), lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+)
 
 
 def _differences(where: str, old: object, new: object) -> list[str]:

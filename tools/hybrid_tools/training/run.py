@@ -1,18 +1,20 @@
 """One training run in one folder: everything that is missing is made, everything that is there is gone on from.
 
-    run.json       the recipe; another recipe is refused here
-    tokenizer/     trained on the text, or copied
-    corpus/        tokens, and the held-out documents as text
-    checkpoints/   the newest two states
-    log.jsonl      every step
-    model/         the finished model, a Hugging Face folder
-    curves.png     loss and sparsity over the run, where matplotlib is installed
+run.json       the recipe; another recipe is refused here
+tokenizer/     trained on the text, or copied
+corpus/        tokens, and the held-out documents as text
+checkpoints/   the newest two states
+log.jsonl      every step
+model/         the finished model, a Hugging Face folder
+curves.png     loss and sparsity over the run, where matplotlib is installed
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -31,10 +33,11 @@ from hybrid_runtime.sizes import format_bytes
 from hybrid_runtime.text.tokenizer import Tokenizer
 from hybrid_tools.training.checkpoint import list_states, load_state
 from hybrid_tools.training.corpus import INDEX_FILE, Batches, Corpus, open_corpus, write_corpus
-from hybrid_tools.training.documents import TextFile
+from hybrid_tools.training.documents import TextFile, refuse_empty
 from hybrid_tools.training.held_out import HeldOut, mean_losses, read_held_out
 from hybrid_tools.training.initial import checkpoint_weights, random_weights, with_activation, without_predictor
 from hybrid_tools.training.network import refuse_untrainable
+from hybrid_tools.training.pictures import draw_run
 from hybrid_tools.training.published import published_config, write_model
 from hybrid_tools.training.recipe import Optimisation, Recipe, Shape
 from hybrid_tools.training.run_log import LOG_FILE, RunLog
@@ -43,6 +46,7 @@ from hybrid_tools.training.vocabulary import TOKENIZER_FILES, copy_vocabulary, r
 
 RECIPE_FILE = "run.json"
 MODEL_FOLDER = "model"
+PICTURE = "curves.png"
 TEST_SEQUENCES = 64  # of each file, while training
 BYTES_PER_STATE_WEIGHT = 12  # the weight and AdamW's two moments
 SAVE_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
@@ -88,12 +92,15 @@ class Display(Protocol):
 def train(request: RunRequest, display: Display) -> Path:
     """Run to the end, from wherever the folder is; return the finished model's folder."""
     folder = request.folder
+    refuse_empty(request.files, request.held_out)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
             return _train_alone(request, display)
     except filelock.Timeout as error:
-        raise UsageError(f"-o {folder}: another process is training here; wait for it, or name another folder") from error
+        raise UsageError(
+            f"-o {folder}: another process is training here; wait for it, or name another folder"
+        ) from error
 
 
 def _train_alone(request: RunRequest, display: Display) -> Path:
@@ -118,7 +125,9 @@ def _train_alone(request: RunRequest, display: Display) -> Path:
     _settle_recipe(folder / RECIPE_FILE, recipe)
     device = torch.device(request.device)
     batches = Batches(corpus, request.seed, request.optimisation.num_sequences, request.optimisation.seq_len)
-    weights = random_weights(config, request.seed) if request.source is None else checkpoint_weights(request.source, config)
+    weights = (
+        random_weights(config, request.seed) if request.source is None else checkpoint_weights(request.source, config)
+    )
     trainer = Trainer(config, weights, request.optimisation, batches, device)
     states = list_states(folder / "checkpoints")
     if states:
@@ -184,8 +193,18 @@ def _finish(
         model, trainer.config, trainer.weights, request.folder / "tokenizer", SAVE_DTYPES[request.save_dtype], notes
     )
     for name, loss in losses.items():
-        display.say(f"held out {name}: loss {loss:.4f}, perplexity {torch.tensor(loss).exp():.3f}")
+        display.say(f"held out {name}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
+    _draw(request.folder, display)
     return model
+
+
+def _draw(folder: Path, display: Display) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        display.say(
+            f"no picture of {folder / LOG_FILE} was drawn: pip install 'hybrid-runtime[train]' brings matplotlib"
+        )
+        return
+    draw_run(folder / LOG_FILE, folder / PICTURE)
 
 
 def _continued_config(source: Checkpoint, activation: Activation | None) -> ModelConfig:
@@ -219,7 +238,8 @@ def _corpus(request: RunRequest, tokenizer: Tokenizer, display: Display) -> Corp
     corpus = open_corpus(folder)
     corpus.refuse_other(request.files, request.held_out, str(folder))
     display.say(
-        f"{len(corpus.lengths)} documents, {len(corpus.tokens)} tokens; with weights {corpus.tokens_per_epoch:.0f} an epoch"
+        f"{len(corpus.lengths)} documents, {len(corpus.tokens)} tokens; "
+        f"an epoch reads {corpus.tokens_per_epoch:.0f}, repeats included"
     )
     return corpus
 

@@ -101,7 +101,7 @@ class Trainer:
             with torch.no_grad():
                 parameter.copy_(state.weights[name])
             self._optimiser.state[parameter] = {
-                "step": torch.tensor(float(state.num_steps)),
+                "step": torch.tensor(float(state.num_steps), device=self._device),
                 **{moment: state.moments[moment][name].to(self._device) for moment in MOMENTS},
             }
 
@@ -119,7 +119,7 @@ class Trainer:
         optimisation = self._optimisation
         penalty = l1_weight(optimisation, step_idx)
         tokens = torch.from_numpy(self._batches.step(step_idx).astype("int64")).to(self._device)
-        micro_batches = tokens.split(optimisation.micro_batch)
+        micro_batches = torch.split(tokens, optimisation.micro_batch)
         sums = [self._backward(each, penalty, len(micro_batches)) for each in micro_batches]
         loss, balance, l1, zeros = (sum(column) / len(sums) for column in zip(*sums, strict=True))
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), optimisation.clip))

@@ -45,7 +45,7 @@ _CONFIG = {
 
 
 def train_vocabulary(files: Sequence[TextFile], held_out: float, vocab_size: int, folder: Path) -> None:
-    """Write tokenizer.model and tokenizer_config.json of vocab_size pieces. Raise UsageError when the text is too small."""
+    """Write tokenizer.model and tokenizer_config.json. Raise UsageError when the text is too small for vocab_size."""
     import sentencepiece  # noqa: PLC0415  # only where one is trained
 
     if vocab_size < SMALLEST_VOCABULARY:
@@ -71,7 +71,7 @@ def train_vocabulary(files: Sequence[TextFile], held_out: float, vocab_size: int
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise _too_large(vocab_size, error) from error
+        raise _unsuitable(vocab_size, error) from error
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TOKENIZER_MODEL).write_bytes(model.getvalue())
     (folder / "tokenizer_config.json").write_text(json.dumps(_CONFIG, indent=1) + "\n")
@@ -121,11 +121,16 @@ def _lines(files: Sequence[TextFile], held_out: float) -> Iterator[str]:
             yield from (line for idx, line in enumerate(lines) if idx % every == 0)
 
 
-def _too_large(vocab_size: int, error: Exception) -> UsageError:
+def _unsuitable(vocab_size: int, error: Exception) -> UsageError:
     supported = re.search(r"(?:<=|set it to a value <=) *(\d+)", str(error))
     if supported:
         return UsageError(
             f"--vocab-size {vocab_size}: the text supports at most {supported[1]} pieces; "
             f"use --vocab-size {supported[1]} or more text"
+        )
+    required = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
+    if required:
+        return UsageError(
+            f"--vocab-size {vocab_size}: the text's characters and all bytes are {required[1]} pieces already; use more"
         )
     return UsageError(f"--vocab-size {vocab_size}: no vocabulary could be trained on the text: {error}")

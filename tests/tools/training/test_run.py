@@ -1,0 +1,269 @@
+"""Whole runs of hybrid-train: killed, resumed, relufied, misled."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import filelock
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hybrid_runtime.checkpoints.open import open_checkpoint
+from hybrid_runtime.demo import make_demo
+from hybrid_runtime.text.load import load_tokenizer
+from hybrid_tools.training.checkpoint import list_states, load_state, save_state
+from hybrid_tools.training.run_log import read_log
+
+from .tiny_runs import arguments, environment, start, train, write_corpus_text
+
+NUM_KILLS = 3
+DRELU = ("--activation=drelu", "--l1=0.01", "--save-every=3", "--test-every=10")
+NUM_STEPS = 60
+
+
+def state_files(run):
+    return {path.name: path.read_bytes() for _, path in list_states(run / "checkpoints")}
+
+
+def loss_curve(run):
+    """Every line of the log without what depends on the clock."""
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_log(run / "log.jsonl")]
+
+
+def error_of(capsys):
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("hybrid-train:")]
+    assert len(errors) == 1, lines
+    assert lines[-1] == errors[0]
+    return errors[0]
+
+
+def test_killed_three_times_at_random_and_resumed_it_ends_with_the_same_bits(text, tmp_path):
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"random moments of seed {seed}")  # shown when the test fails
+    moments = random.Random(seed)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert train(text, whole, *DRELU, tokens=NUM_STEPS * 128) == 0
+    log = killed / "log.jsonl"
+    for _ in range(NUM_KILLS):
+        done = len(loss_curve(killed))
+        worker = start(text, killed, *DRELU, tokens=NUM_STEPS * 128)
+        while worker.poll() is None and len(loss_curve(killed) if log.is_file() else []) <= done:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0.0, 0.25))
+        worker.send_signal(signal.SIGKILL)
+        worker.communicate()
+        assert worker.returncode == -signal.SIGKILL  # it was at work, not done
+    steps = [line["step"] for line in loss_curve(killed) if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
+    assert train(text, killed, *DRELU, tokens=NUM_STEPS * 128) == 0
+    assert loss_curve(killed) == loss_curve(whole)
+    assert state_files(killed) == state_files(whole)
+    for name in ("model.safetensors", "config.json", "tokenizer.model"):
+        assert (killed / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+
+
+def test_finished_run_is_opened_and_not_trained_again(finished_swiglu, text, capsys):
+    before = loss_curve(finished_swiglu)
+    options = ("--activation=swiglu", "--save-dtype=f32", "--save-every=5", "--test-every=10")
+    assert train(text, finished_swiglu, *options) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{finished_swiglu / 'model'}\n"
+    assert "going on after step 20 of 20" in printed.err
+    assert loss_curve(finished_swiglu) == before
+
+
+def test_it_learns_and_says_so_in_the_log(finished_swiglu):
+    lines = loss_curve(finished_swiglu)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    tests = [line["held_out"]["all"] for line in lines if "held_out" in line]
+    assert len(losses) == 20
+    assert losses[0] == pytest.approx(5.7, abs=0.1)  # ln 300
+    assert losses[-1] < 5.2
+    assert len(tests) == 2
+    assert tests[1] < tests[0]
+    notes = json.loads((finished_swiglu / "model" / "training.json").read_text())
+    assert notes["held_out_losses"]["all"] == pytest.approx(tests[-1], rel=0.05)
+    assert (finished_swiglu / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        (("--lr=1e-3",), "optimisation.learning_rate: 0.002, now 0.001"),
+        (("--seed=2",), "seed: 1, now 2"),
+        (("--activation=drelu",), "config.activation.kind: 'silu_glu', now 'drelu'"),
+        (("--layers=3",), "config.num_hidden_layers: 2, now 3"),
+        (("--held-out=0.2",), "with --held-out 0.1, asked for"),
+    ],
+    ids=["lr", "seed", "activation", "layers", "held-out"],
+)
+def test_another_recipe_cannot_go_on(options, difference, finished_swiglu, text, capsys):
+    before = state_files(finished_swiglu)
+    assert train(text, finished_swiglu, "--activation=swiglu", "--save-dtype=f32", *options) == 2
+    assert difference in error_of(capsys)
+    assert state_files(finished_swiglu) == before
+
+
+def test_another_text_cannot_go_on(finished_swiglu, tmp_path, capsys):
+    other = write_corpus_text(tmp_path / "words.txt", seed=2)
+    assert train(other, finished_swiglu, "--activation=swiglu", "--save-dtype=f32") == 2
+    assert "name another folder" in error_of(capsys)
+
+
+def test_two_processes_cannot_train_in_one_folder(text, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    with filelock.FileLock(tmp_path / "run" / ".lock"):
+        assert train(text, tmp_path / "run") == 2
+    assert "another process is training here" in error_of(capsys)
+
+
+@pytest.mark.parametrize("kind", ["relu", "drelu"])
+def test_relufication_starts_from_the_sources_weights_with_another_activation(kind, finished_swiglu, text, tmp_path):
+    run, source = tmp_path / "run", finished_swiglu / "model"
+    tiny = ["--seq-len=32", "--batch-tokens=128", "--held-out=0.1", "--threads=1", "--device=cpu"]
+    options = (f"--from={source}", f"--relufy={kind}", "--lr=1e-12", "--weight-decay=0", "--save-dtype=f32")
+    assert train(text, run, *options, tokens=128, sizes=tiny) == 0
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert config["model_type"] == {"relu": "mixtral", "drelu": "turbosparsemixtral"}[kind]
+    assert config["hidden_act"] == "relu"
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, run / "model"))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert torch.allclose(weight, after[name], atol=1e-9), name
+    tokens = [load_tokenizer(folder).encode("the cat saw Lily") for folder in (source, run / "model")]
+    assert tokens[0] == tokens[1]
+    lines = loss_curve(run)
+    assert lines[0]["zeros"] > 0.4
+
+
+def test_predictors_of_the_source_are_left_behind(text, tmp_path):
+    demo = make_demo(tmp_path / "demo")
+    assert any(".predictor." in name for name in open_checkpoint(demo).tensors)
+    tiny = ["--seq-len=32", "--batch-tokens=128", "--held-out=0.1", "--threads=1", "--device=cpu"]
+    assert train(text, tmp_path / "run", f"--from={demo}", tokens=256, sizes=tiny) == 0
+    made = open_checkpoint(tmp_path / "run" / "model")
+    assert not any(".predictor." in name for name in made.tensors)
+    assert made.config.activation.kind == "drelu"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (("--relufy=drelu",), "--relufy drelu: needs --from"),
+        (("--from={model}", "--activation=drelu"), "--activation is of a new model"),
+        (("--from=/nowhere",), "/nowhere: no such file or folder"),
+        (("--tokenizer=/nowhere",), "--tokenizer /nowhere: no such file or folder"),
+        (("--text=/nowhere",), "--text /nowhere: no such file"),
+        (("--vocab-size=100",), "--vocab-size 100: expected at least 260"),
+        (("--vocab-size=265",), "the text's characters and all bytes are"),
+        (("--vocab-size=5000",), "the text supports at most"),
+        (("--batch-tokens=100",), "--batch-tokens 100 is not a multiple of --seq-len 32"),
+        (("--micro-batch=3",), "--micro-batch 3 does not divide the 4 sequences"),
+        (("--lr=-1",), "--lr -1.0: expected a number above 0"),
+        (("--lr=nan",), "--lr nan: expected a number above 0"),
+        (("--warmup=2",), "--warmup 2.0: expected a share from 0 to 1"),
+        (("--l1-start=0.5", "--l1-end=0.2"), "--l1-start 0.5 is after --l1-end 0.2"),
+        (("--activation=fatrelu",), "needs --fatrelu-threshold above 0"),
+        (("--activation=relu", "--fatrelu-threshold=0.1"), "--activation relu has no threshold"),
+        (("--hidden-size=30",), "--hidden-size 30 is not an even multiple of --heads 4"),
+        (("--kv-heads=3",), "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        (("--experts-per-token=5",), "num_experts_per_tok 5 is not between 1 and num_experts 4"),
+        (("--held-out=1.0",), "--held-out 1.0: expected a share"),
+        (("--batch-tokens=999936",), "give more text, or less --batch-tokens"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_options_are_refused_by_name(options, match, finished_swiglu, text, tmp_path, capsys):
+    options = [each.format(model=finished_swiglu / "model") for each in options]
+    assert train(text, tmp_path / "run", *options) == 2
+    assert match in error_of(capsys)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_tokens_that_are_no_number_are_refused(text, tmp_path, capsys):
+    assert train(text, tmp_path / "run", tokens="1.5") == 2
+    assert "'1.5' is not a whole number of tokens" in error_of(capsys)
+
+
+@pytest.mark.parametrize("content", ["", "<|endoftext|>\n \n<|endoftext|>"], ids=["no-bytes", "no-words"])
+def test_empty_corpus_is_refused_before_a_folder_is_made(content, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text(content)
+    assert train(tmp_path / "empty.txt", tmp_path / "run") == 2
+    assert f"--text {tmp_path / 'empty.txt'}: holds no document to train on" in error_of(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_disk_that_fills_during_a_checkpoint_leaves_the_last_one_whole(text, tmp_path):
+    """The second checkpoint does not fit: the file system refuses to let a file grow that far."""
+    run = tmp_path / "run"
+    options = ("--save-every=5", "--test-every=1000")
+    assert train(text, run, *options, "--activation=swiglu", tokens=10 * 128) == 0
+    good = state_files(run)
+    (size,) = {len(data) for data in good.values()}
+    (run / "run.json").unlink()  # the same run, longer: another schedule, so another recipe
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, size - 1000))
+
+    argv = arguments(text, run, *options, "--activation=swiglu", tokens=20 * 128)
+    failed = subprocess.run(
+        [sys.executable, "-m", "hybrid_tools.train", *argv],
+        capture_output=True, text=True, preexec_fn=limit, env=environment(), timeout=120, check=False,
+    )  # fmt: skip
+    assert failed.returncode == 2, failed.stderr
+    line = failed.stderr.splitlines()[-1]
+    assert "step-00000015.safetensors: could not be written" in line
+    assert "what was saved before is untouched" in line
+    assert state_files(run) == good
+    assert list((run / "checkpoints").glob("*.tmp")) == []
+    assert train(text, run, *options, "--activation=swiglu", tokens=20 * 128) == 0  # with room again it goes on
+    assert [steps for steps, _ in list_states(run / "checkpoints")] == [15, 20]
+
+
+def test_nan_stops_the_run_before_the_weights_change_and_the_last_checkpoint_is_good(text, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ("--save-every=2", "--activation=swiglu", "--lr=1e12", "--clip=1e12", "--warmup=0")
+    assert train(text, run, *options, tokens=50 * 128) == 2
+    message = error_of(capsys)
+    assert "nothing was changed, and the last checkpoint is good" in message
+    assert "smaller --lr" in message
+    for _, path in list_states(run / "checkpoints"):
+        assert all(weight.isfinite().all() for weight in load_state(path).weights.values())
+    assert not (run / "model").exists()
+
+
+def test_weights_that_are_no_numbers_are_noticed_at_the_first_step(text, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ("--save-every=2", "--activation=drelu")
+    assert train(text, run, *options, tokens=4 * 128) == 0
+    state = load_state(list_states(run / "checkpoints")[-1][1])
+    state.weights["norm"][3] = float("nan")
+    for _, path in list_states(run / "checkpoints"):
+        path.unlink()
+    save_state(run / "checkpoints", type(state)(2, state.weights, state.moments))
+    assert train(text, run, *options, tokens=4 * 128) == 2
+    assert "step 3: the loss is nan" in error_of(capsys)
+
+
+def test_broken_checkpoint_is_named(finished_swiglu, text, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(text, run, tokens=256) == 0
+    path = list_states(run / "checkpoints")[-1][1]
+    path.write_bytes(path.read_bytes()[:1000])
+    assert train(text, run, tokens=256) == 2
+    assert f"{path}: is no checkpoint of hybrid-train" in error_of(capsys)
+
+
+def test_own_tokenizer_of_a_run_serves_another(finished_swiglu, text, tmp_path):
+    tokenizer = finished_swiglu / "tokenizer"
+    for path in (tokenizer, tokenizer / "tokenizer.model"):
+        run = tmp_path / path.name
+        assert train(text, run, f"--tokenizer={path}", tokens=128) == 0
+        assert (run / "model" / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
