@@ -100,6 +100,7 @@ class Count(click.ParamType[int]):
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--save-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between checkpoints.")
 @click.option("--test-every", type=click.IntRange(1), default=200, show_default=True, help="Steps between tests.")
+@click.option("--export", is_flag=True, help="Do not train on: write the model as of the newest checkpoint.")
 @click.version_option(__version__, prog_name="hybrid-train")
 def command(**options: Any) -> int:
     """Parse, train, print where the model is."""
@@ -171,6 +172,7 @@ def _request(options: dict[str, Any]) -> RunRequest:
         save_dtype=options["save_dtype"],
         save_every=options["save_every"],
         test_every=options["test_every"],
+        exports=options["export"],
     )
 
 

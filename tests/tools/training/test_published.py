@@ -1,5 +1,6 @@
 """The folder that a run leaves: read by transformers, by this project's engine, and equal to an independent oracle."""
 
+import dataclasses
 import json
 
 import pytest
@@ -140,6 +141,15 @@ def test_config_is_the_familys_that_computes_it(activation, num_experts, model_t
     assert (read.config.bos_token_id, read.config.eos_token_ids) == (1, (2,))
     for name, weight in checkpoint_weights(read, read.config).items():
         assert torch.equal(weight, weights[name].bfloat16().float()), name
+
+
+def test_a_sliding_window_makes_a_llama_shape_a_mistral(tokenizer, tmp_path):
+    config, weights = saved(tmp_path / "llama", tokenizer, "swiglu", 0)
+    windowed = dataclasses.replace(config, sliding_windows=(64,) * 3)
+    write_model(tmp_path / "mistral", windowed, weights, tokenizer, torch.float32, {})
+    read = open_checkpoint(tmp_path / "mistral").config
+    assert (read.family, read.sliding_windows) == ("mistral", (64,) * 3)
+    assert open_checkpoint(tmp_path / "llama").config.sliding_windows == ()
 
 
 def test_tensor_names_are_turbosparse_mixtrals(tokenizer, tmp_path):

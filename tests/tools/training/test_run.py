@@ -12,6 +12,7 @@ import time
 import filelock
 import pytest
 import torch
+from real.data import shared_data
 from safetensors.torch import load_file
 
 from hybrid_runtime.checkpoints.open import open_checkpoint
@@ -233,7 +234,7 @@ def test_nan_stops_the_run_before_the_weights_change_and_the_last_checkpoint_is_
     assert train(text, run, *options, tokens=50 * 128) == 2
     message = error_of(capsys)
     assert "nothing was changed, and the last checkpoint is good" in message
-    assert "smaller --lr" in message
+    assert "write it out with --export" in message
     for _, path in list_states(run / "checkpoints"):
         assert all(weight.isfinite().all() for weight in load_state(path).weights.values())
     assert not (run / "model").exists()
@@ -250,6 +251,33 @@ def test_weights_that_are_no_numbers_are_noticed_at_the_first_step(text, tmp_pat
     save_state(run / "checkpoints", type(state)(2, state.weights, state.moments))
     assert train(text, run, *options, tokens=4 * 128) == 2
     assert "step 3: the loss is nan" in error_of(capsys)
+
+
+def test_export_writes_the_newest_checkpoint_and_the_run_goes_on_afterwards(text, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ("--activation=drelu", "--save-every=4", "--save-dtype=f32")
+    assert train(text, run, *options, "--export", tokens=8 * 128) == 2
+    assert "holds no checkpoint yet" in error_of(capsys)
+    assert not run.exists()
+    worker = start(text, run, *options, tokens=400 * 128)
+    while worker.poll() is None and not list_states(run / "checkpoints"):
+        time.sleep(0.01)
+    worker.kill()
+    worker.communicate()
+    num_steps, path = list_states(run / "checkpoints")[-1]
+    assert num_steps < 400
+    assert train(text, run, *options, "--export", tokens=400 * 128) == 0
+    exported = load_file(run / "model" / "model.safetensors")
+    assert torch.equal(exported["model.norm.weight"], load_state(path).weights["norm"])
+    assert json.loads((run / "model" / "training.json").read_text())["tokens_seen"] == num_steps * 128
+    assert list_states(run / "checkpoints")[-1] == (num_steps, path)
+
+
+def test_tokenizer_inside_a_gguf_file_cannot_be_copied(text, tmp_path, capsys):
+    gguf = shared_data("models/stories260K/stories260K-f32.gguf")
+    tiny = ["--seq-len=32", "--batch-tokens=128", "--held-out=0.1", "--threads=1", "--device=cpu"]
+    assert train(text, tmp_path / "run", f"--from={gguf}", tokens=128, sizes=tiny) == 2
+    assert "name one with --tokenizer" in error_of(capsys)
 
 
 def test_broken_checkpoint_is_named(finished_swiglu, text, tmp_path, capsys):

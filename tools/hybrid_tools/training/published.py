@@ -1,7 +1,7 @@
 """A trained model as a Hugging Face folder, with the names of the family whose arithmetic it computes.
 
-    swiglu    mixtral, llama; transformers loads these
-    relu      mixtral, llama with hidden_act relu; so does transformers
+    swiglu    mixtral, llama (mistral where there is a window); transformers loads these
+    relu      the same with hidden_act relu; so does transformers
     fatrelu   mixtral with hidden_act fatrelu; ProSparse's sparsellama
     drelu     TurboSparse-Mixtral's names without predictors; Bamboo's
 
@@ -27,6 +27,7 @@ WEIGHTS_FILE = "model.safetensors"
 _HIDDEN_ACT = {"silu_glu": "silu", "relu_glu": "relu", "drelu": "relu", "fatrelu": "fatrelu"}
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "sparsellama": "SparseLlamaForCausalLM",
     "bamboo": "BambooForCausalLM",
@@ -93,7 +94,7 @@ def published_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, objec
     }
     if kind == "fatrelu":
         values["hidden_act_param"] = config.activation.threshold
-    if model_type != "llama":
+    if model_type in ("mistral", "mixtral", "bamboo", "turbosparsemixtral"):
         values["sliding_window"] = config.window(0)
     if config.num_experts:
         values["num_local_experts"] = config.num_experts
@@ -106,4 +107,6 @@ def _model_type(config: ModelConfig) -> str:
         return "turbosparsemixtral" if config.num_experts else "bamboo"
     if config.num_experts:
         return "mixtral"
+    if config.sliding_windows:
+        return "mistral"
     return "sparsellama" if config.activation.kind == "fatrelu" else "llama"

@@ -40,14 +40,14 @@ from hybrid_tools.training.network import refuse_untrainable
 from hybrid_tools.training.pictures import draw_run
 from hybrid_tools.training.published import published_config, write_model
 from hybrid_tools.training.recipe import Optimisation, Recipe, Shape
-from hybrid_tools.training.run_log import LOG_FILE, RunLog
+from hybrid_tools.training.run_log import LOG_FILE, RunLog, training_seconds
 from hybrid_tools.training.trainer import StepResult, Trainer
 from hybrid_tools.training.vocabulary import TOKENIZER_FILES, copy_vocabulary, read_vocabulary, train_vocabulary
 
 RECIPE_FILE = "run.json"
 MODEL_FOLDER = "model"
 PICTURE = "curves.png"
-TEST_SEQUENCES = 64  # of each file, while training
+TEST_SEQUENCES = 16  # of each file, while training; all of them at the end
 BYTES_PER_STATE_WEIGHT = 12  # the weight and AdamW's two moments
 SAVE_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -57,6 +57,7 @@ class RunRequest:
     """What the user asked for. activation None: the source's own; source None: a new model of `shape`.
 
     tokenizer None: the source's, or one trained with vocab_size pieces. save_every, test_every: in steps.
+    exports: whether to write the model as of the newest checkpoint instead of training on.
     """
 
     folder: Path
@@ -74,6 +75,7 @@ class RunRequest:
     save_dtype: str
     save_every: int
     test_every: int
+    exports: bool
 
 
 class Display(Protocol):
@@ -92,6 +94,8 @@ class Display(Protocol):
 def train(request: RunRequest, display: Display) -> Path:
     """Run to the end, from wherever the folder is; return the finished model's folder."""
     folder = request.folder
+    if request.exports and not list_states(folder / "checkpoints"):
+        raise UsageError(f"--export: {folder / 'checkpoints'} holds no checkpoint yet; train first")
     refuse_empty(request.files, request.held_out)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -136,21 +140,20 @@ def _train_alone(request: RunRequest, display: Display) -> Path:
     else:
         _refuse_small_disk(folder, sum(weight.numel() for weight in weights.values()))
     held_out = read_held_out(folder / "corpus", tokenizer, request.optimisation.seq_len, TEST_SEQUENCES)
-    seconds = _steps(request, trainer, held_out, display)
-    return _finish(request, recipe, trainer, corpus, tokenizer, seconds, display)
+    if not request.exports:
+        _steps(request, trainer, held_out, display)
+    return _finish(request, recipe, trainer, corpus, tokenizer, display)
 
 
-def _steps(request: RunRequest, trainer: Trainer, held_out: HeldOut, display: Display) -> float:
-    """Every step that is missing; return the seconds that all steps of the run took, in whatever process."""
+def _steps(request: RunRequest, trainer: Trainer, held_out: HeldOut, display: Display) -> None:
+    """Every step that is missing."""
     optimisation = request.optimisation
     log = RunLog(request.folder / LOG_FILE, trainer.num_steps_done)
-    seconds = log.seconds
     try:
         while trainer.num_steps_done < optimisation.num_steps:
             started_s = time.perf_counter()
             result = trainer.step()
             step_s = time.perf_counter() - started_s
-            seconds += step_s
             log.add(asdict(result) | {"seconds": round(step_s, 4)})
             display.step(result, optimisation.num_steps, optimisation.batch_tokens / step_s)
             is_last = result.step == optimisation.num_steps
@@ -163,7 +166,6 @@ def _steps(request: RunRequest, trainer: Trainer, held_out: HeldOut, display: Di
     finally:
         display.close()
         log.close()
-    return seconds
 
 
 def _finish(
@@ -172,7 +174,6 @@ def _finish(
     trainer: Trainer,
     corpus: Corpus,
     tokenizer: Tokenizer,
-    seconds: float,
     display: Display,
 ) -> Path:
     """Test on everything that was held out, write the model and the picture."""
@@ -182,8 +183,8 @@ def _finish(
         "made_by": "hybrid-train",
         "recipe": recipe.to_json(),
         "text": [asdict(file) for file in corpus.index.files],
-        "tokens_seen": request.optimisation.num_steps * request.optimisation.batch_tokens,
-        "training_seconds": round(seconds, 1),
+        "tokens_seen": trainer.num_steps_done * request.optimisation.batch_tokens,
+        "training_seconds": round(training_seconds(request.folder / LOG_FILE), 1),
         "machine": f"{cpu_name()}, {request.num_threads} threads" if request.device == "cpu" else _gpu_name(),
         "held_out_tokens": held_out.num_tokens,
         "held_out_losses": losses,
@@ -221,6 +222,11 @@ def _tokenizer(request: RunRequest, display: Display) -> Tokenizer:
         temporary = request.folder / "tokenizer.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         existing = request.tokenizer or (request.source.path if request.source is not None else None)
+        if request.tokenizer is None and request.source is not None and request.source.gguf_metadata is not None:
+            raise UsageError(
+                f"--from {request.source.path}: the tokenizer inside a GGUF file cannot be copied; "
+                "name one with --tokenizer"
+            )
         if existing is not None:
             copy_vocabulary(existing, temporary)
         else:

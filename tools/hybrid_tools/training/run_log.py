@@ -17,7 +17,6 @@ class RunLog:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.rename(path)
-        self.seconds = sum(line.get("seconds", 0.0) for line in kept)  # of the steps before
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, values: Mapping[str, object]) -> None:
@@ -28,6 +27,11 @@ class RunLog:
     def close(self) -> None:
         """Write what is left."""
         self._file.close()
+
+
+def training_seconds(path: Path) -> float:
+    """What all steps took, in whatever process."""
+    return sum(line.get("seconds", 0.0) for line in read_log(path))
 
 
 def read_log(path: Path) -> Iterator[dict[str, float]]:

@@ -126,7 +126,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NumericsError(
                 f"step {step_idx + 1}: the loss is {loss} and the gradient's norm {norm}; nothing was changed, and the "
-                "last checkpoint is good: go on from it with a smaller --lr in a new run, or with --dtype f32"
+                "last checkpoint is good; write it out with --export, and go on --from it with a smaller --lr"
             )
         rate = learning_rate(optimisation, step_idx)
         for group in self._optimiser.param_groups:
