@@ -31,14 +31,15 @@ from hybrid_tools.training.sparsity import Firing, count_firing, losses_when_kep
 
 SHAPE = "--hidden-size=128 --intermediate-size=256 --layers=4 --heads=4 --kv-heads=2 --experts=4 --context=256"
 TOKENS = "1500K"
-MORE_TOKENS = "400K"  # of relufication, after the SwiGLU model's own
+MORE = ("--lr", "1e-3", "--seed", "2", "--tokens", "400K")  # after the SwiGLU model's own, in another order
 L1 = "0.002"
 RUNS = {
     "swiglu": ("--activation", "swiglu", "--tokens", TOKENS),
     "relu": ("--activation", "relu", "--tokens", TOKENS),
     "drelu": ("--activation", "drelu", "--tokens", TOKENS),
     "drelu-l1": ("--activation", "drelu", "--l1", L1, "--tokens", TOKENS),
-    "relufied": ("--from", "{runs}/swiglu/model", "--relufy", "drelu", "--lr", "1e-3", "--tokens", MORE_TOKENS),
+    "swiglu-more": ("--from", "{runs}/swiglu/model", *MORE),
+    "relufied": ("--from", "{runs}/swiglu/model", "--relufy", "drelu", *MORE),
 }
 KEPT = (1.0, 0.5, 0.2, 0.15, 0.1)
 MOST_SEQUENCES = 48  # of each file: every document weighs the same for every model
@@ -58,6 +59,8 @@ def train_all(texts: tuple[str, ...], runs: Path, threads: int, names: tuple[str
     """Train the runs that are named, or all; a finished one is only opened."""
     text = [part for each in texts for part in ("--text", each)]
     for name in names or RUNS:
+        if "--from" in RUNS[name] and not (runs / "swiglu" / "model").is_dir():
+            raise click.UsageError(f"{name} continues swiglu, which is not trained yet")
         own = [part.format(runs=runs) for part in RUNS[name]]
         shape = SHAPE.split() if "--from" not in own else []
         code = train([*text, *shape, *own, "--threads", str(threads), "-o", str(runs / name)])
@@ -85,9 +88,11 @@ def report(runs: Path | None, named: tuple[str, ...], output: Path, pictures: Pa
         pictures.mkdir(parents=True, exist_ok=True)
         stem = output.stem
         draw_losses({name: folder / "log.jsonl" for name, folder in folders.items()}, pictures / f"{stem}-losses.png")
-        sparse = {name: firing for name, firing in firings.items() if firing.mean_zero_share > 0.01}
-        draw_sparsity(sparse, pictures / f"{stem}-zeros.png")
-        draw_frequencies(sparse, pictures / f"{stem}-frequencies.png")
+        sparse = {name: firing for name, firing in firings.items() if firing.is_sparse}
+        if sparse:
+            draw_sparsity(sparse, pictures / f"{stem}-zeros.png")
+            draw_frequencies(sparse, pictures / f"{stem}-frequencies.png")
+    print(json.dumps(numbers))
 
 
 def measure(run: Path, sequences: int) -> tuple[Firing, dict[str, Any]]:
@@ -95,25 +100,28 @@ def measure(run: Path, sequences: int) -> tuple[Firing, dict[str, Any]]:
     checkpoint = open_checkpoint(run / "model")
     config = checkpoint.config
     weights = checkpoint_weights(checkpoint, config)
-    recipe = json.loads((run / "run.json").read_text())
+    recipe = json.loads((run / "run.json").read_text())["recipe"]
     tokenizer = load_tokenizer(run / "tokenizer")
     held_out = read_held_out(run / "corpus", tokenizer, recipe["optimisation"]["seq_len"], sequences)
     with torch.inference_mode():
         firing, losses = count_firing(config, weights, held_out)
-        kept = losses_when_kept(config, weights, held_out, KEPT)
+        kept = losses_when_kept(config, weights, held_out, KEPT)  # of 1.0 too: the same loss, to show that it is
     layers = range(config.num_hidden_layers)
     return firing, {
         "activation": config.activation.kind,
         "parameters": sum(weight.numel() for weight in weights.values()),
         "active_parameters": active_parameters(config, weights),
         "tokens": recipe["optimisation"]["total_tokens"],
+        "continues": recipe["source"] != "",
         "held_out_tokens": held_out.num_tokens,
         "perplexity": {name: math.exp(loss) for name, loss in losses.items()},
         "zeros": firing.mean_zero_share,
         "zeros_by_layer": [firing.zero_share(idx) for idx in layers],
-        "zeros_by_expert": [firing.expert_zero_shares(idx) for idx in layers],
+        "zeros_by_expert": [
+            [None if math.isnan(each) else each for each in firing.expert_zero_shares(idx)] for idx in layers
+        ],
         "expert_shares": [(firing.rows[idx] / firing.rows[idx].sum()).tolist() for idx in layers],
-        "neurons_for_80_percent": [firing.neurons_for(0.8, idx) for idx in layers] if firing.mean_zero_share else None,
+        "neurons_for_80_percent": [firing.neurons_for(0.8, idx) for idx in layers] if firing.is_sparse else None,
         "never_fired": [float((firing.counts[idx] == 0).double().mean()) for idx in layers],
         "perplexity_when_kept": {f"{share:g}": math.exp(loss) for share, loss in kept.items()},
     }
@@ -139,14 +147,15 @@ def print_tables(numbers: dict[str, dict[str, Any]]) -> None:
         kept = row["perplexity_when_kept"]
         cells = "".join(f" {kept[f'{share:g}']:.2f} |" for share in KEPT[1:])
         tokens, perplexity, zeros = row["tokens"] / 1e6, row["perplexity"]["all"], 100 * row["zeros"]
-        print(f"| {name} | {tokens:g}M | {perplexity:.2f} | {zeros:.1f} % |{cells}")
+        more = "+" if row["continues"] else ""
+        print(f"| {name} | {more}{tokens:g}M | {perplexity:.2f} | {zeros:.1f} % |{cells}")
     print("\n| model | zeros by layer, % (experts) | neurons that make 80 % of the firings, % | never fired, % |")
     print("|---|---|---|---|")
     for name, row in numbers.items():
-        if not row["zeros"]:
+        if row["neurons_for_80_percent"] is None:
             continue
         layers = "; ".join(
-            f"{100 * layer:.1f} ({', '.join(f'{100 * each:.0f}' for each in experts)})"
+            f"{100 * layer:.1f} ({', '.join('-' if each is None else f'{100 * each:.0f}' for each in experts)})"
             for layer, experts in zip(row["zeros_by_layer"], row["zeros_by_expert"], strict=True)
         )
         few = ", ".join(f"{100 * share:.0f}" for share in row["neurons_for_80_percent"])

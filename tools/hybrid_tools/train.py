@@ -10,12 +10,14 @@ a Hugging Face folder with TurboSparse-Mixtral's or Bamboo's names (dReLU), Mixt
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+from click.core import ParameterSource
 
 from hybrid_runtime import __version__
 from hybrid_runtime.cli.program import run_program
@@ -23,8 +25,21 @@ from hybrid_runtime.errors import UsageError
 
 if TYPE_CHECKING:  # torch takes seconds to import, --help should not
     from hybrid_tools.training.recipe import FfnActivation
-    from hybrid_tools.training.run import RunRequest
+    from hybrid_tools.training.request import RunRequest
 
+SHAPE_OPTIONS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "layers",
+    "heads",
+    "kv_heads",
+    "experts",
+    "experts_per_token",
+    "rope_theta",
+    "context",
+    "tie_embeddings",
+)
 ACTIVATIONS = ("swiglu", "relu", "drelu", "fatrelu")
 
 
@@ -102,30 +117,62 @@ class Count(click.ParamType[int]):
 @click.option("--test-every", type=click.IntRange(1), default=200, show_default=True, help="Steps between tests.")
 @click.option("--export", is_flag=True, help="Do not train on: write the model as of the newest checkpoint.")
 @click.version_option(__version__, prog_name="hybrid-train")
-def command(**options: Any) -> int:
+@click.pass_context
+def command(context: click.Context, /, **options: Any) -> int:
     """Parse, train, print where the model is."""
+    typed = [param for param in context.command.params if _was_typed(context, param)]
+    _refuse_contradictions(options, {param.name for param in typed})
     from hybrid_tools.training.display import console_display  # noqa: PLC0415  # imports torch
     from hybrid_tools.training.run import train  # noqa: PLC0415
 
-    click.echo(str(train(_request(options), console_display())))
+    click.echo(str(train(_request(options, _command_line(typed, options)), console_display())))
     return 0
 
 
-def _request(options: dict[str, Any]) -> RunRequest:
+def _was_typed(context: click.Context, param: click.Parameter) -> bool:
+    return context.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE
+
+
+def _command_line(typed: list[click.Parameter], options: dict[str, Any]) -> str:
+    """What was typed, as it could be typed again."""
+    words = ["hybrid-train"]
+    for param in typed:
+        value, flag = options[str(param.name)], param.opts[0]
+        for each in value if isinstance(value, tuple) else (value,):
+            words += [flag] if each is True else [flag, str(each)]
+    return shlex.join(words)
+
+
+def _refuse_contradictions(options: dict[str, Any], typed: set[str | None]) -> None:
+    """Raise UsageError for options that would be ignored."""
+    if not 0 <= options["held_out"] < 1:
+        raise UsageError(f"--held-out {options['held_out']}: expected a share from 0 to below 1")
+    if options["source"] is None:
+        if options["relufy"]:
+            raise UsageError(f"--relufy {options['relufy']}: needs --from, the checkpoint whose activation is replaced")
+        if not options["experts"] and "experts_per_token" in typed:
+            raise UsageError("--experts-per-token: a dense model has no experts; give --experts too")
+    else:
+        if options["activation"]:
+            raise UsageError("--activation is of a new model; say --relufy to replace the activation of --from")
+        for name in SHAPE_OPTIONS:
+            if name in typed:
+                raise UsageError(f"--{name.replace('_', '-')} is of a new model; --from has its own")
+        if options["fatrelu_threshold"] and not options["relufy"]:
+            raise UsageError("--fatrelu-threshold: needs --relufy fatrelu")
+    if options["tokenizer"] is not None and "vocab_size" in typed:
+        raise UsageError("--vocab-size: the vocabulary of --tokenizer has its own size")
+
+
+def _request(options: dict[str, Any], command_line: str) -> RunRequest:
     import torch  # noqa: PLC0415
 
     from hybrid_runtime.checkpoints.open import open_checkpoint  # noqa: PLC0415
     from hybrid_runtime.machine import physical_cores  # noqa: PLC0415
     from hybrid_tools.training.documents import parse_text_file  # noqa: PLC0415
     from hybrid_tools.training.recipe import Optimisation, Shape, activation_of  # noqa: PLC0415
-    from hybrid_tools.training.run import RunRequest  # noqa: PLC0415
+    from hybrid_tools.training.request import RunRequest  # noqa: PLC0415
 
-    if not 0 <= options["held_out"] < 1:
-        raise UsageError(f"--held-out {options['held_out']}: expected a share from 0 to below 1")
-    if options["source"] is None and options["relufy"]:
-        raise UsageError(f"--relufy {options['relufy']}: needs --from, the checkpoint whose activation is replaced")
-    if options["source"] is not None and options["activation"]:
-        raise UsageError("--activation is of a new model; say --relufy to replace the activation of --from")
     kind = options["relufy"] or options["activation"] or (None if options["source"] else "drelu")
     num_threads = options["threads"] or physical_cores()
     torch.set_num_threads(num_threads)
@@ -137,7 +184,7 @@ def _request(options: dict[str, Any]) -> RunRequest:
             total_tokens=options["tokens"],
             batch_tokens=options["batch_tokens"],
             seq_len=options["seq_len"],
-            micro_batch=options["micro_batch"] or num_sequences,
+            micro_batch=num_sequences if options["micro_batch"] is None else options["micro_batch"],
             learning_rate=options["lr"],
             final_learning_rate=options["final_lr"],
             warmup=options["warmup"],
@@ -173,6 +220,7 @@ def _request(options: dict[str, Any]) -> RunRequest:
         save_every=options["save_every"],
         test_every=options["test_every"],
         exports=options["export"],
+        command=command_line,
     )
 
 

@@ -1,6 +1,7 @@
 """Text files as documents: where they are cut, which are held out, what is refused."""
 
 import gzip
+import time
 
 import pytest
 
@@ -19,6 +20,19 @@ def test_documents_are_the_same_however_the_file_is_read(name, piece, tmp_path, 
     data = TEXT.encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert list(read_documents(tmp_path / name)) == DOCUMENTS
+
+
+def test_a_long_document_takes_time_in_proportion(tmp_path, monkeypatch):
+    """16 times the text in pieces; in quadratic time it would take 256 times as long."""
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 1 << 10)
+    seconds = []
+    for size in (1 << 20, 1 << 24):
+        (tmp_path / "long.txt").write_text("word " * (size // 5))
+        started = time.process_time()
+        (document,) = read_documents(tmp_path / "long.txt")
+        seconds.append(time.process_time() - started)
+        assert len(document) == size // 5 * 5 - 1
+    assert seconds[1] < 80 * max(seconds[0], 0.005)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ class RandomBatches:
 
 
 def transformers_model(folder, config, weights):
-    write_model(folder, config, weights, folder, torch.float32, {})
+    write_model(folder, config, weights, folder, {})
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if config.num_experts:
         model.config.output_router_logits = True
@@ -168,7 +168,7 @@ def test_scaled_positions_train_but_have_no_published_form(tmp_path):
     config = shape(0).config(activation_of("drelu", 0.0), VOCABULARY, 1, 2)
     scaled = dataclasses.replace(config, rope=RopeConfig(1e4, "linear", 4.0))
     with pytest.raises(UsageError, match="no published form"):
-        write_model(tmp_path, scaled, {}, tmp_path, torch.float32, {})
+        write_model(tmp_path, scaled, random_weights(scaled, 1), tmp_path, {})
 
 
 def test_twins_begin_with_the_same_numbers_and_seeds_differ():

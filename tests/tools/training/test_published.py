@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from hybrid_runtime.checkpoints.open import open_checkpoint
 from hybrid_runtime.engine import Engine, LoadOptions
+from hybrid_runtime.errors import UsageError
 from hybrid_runtime.generation.sampling import SamplingParams
 from hybrid_runtime.stores import ModelRequest
 from hybrid_runtime.text.load import load_tokenizer
@@ -44,7 +45,8 @@ def saved(folder, tokenizer, activation, num_experts, dtype=torch.float32):
     )
     config = shape.config(activation_of(activation, 0.05 if activation == "fatrelu" else 0.0), VOCABULARY, 1, 2)
     weights = {name: weight * (10 if weight.ndim > 1 else 1) for name, weight in random_weights(config, 2).items()}
-    write_model(folder, config, weights, tokenizer, dtype, {"made_by": "a test"})
+    rounded = {name: weight.to(dtype) for name, weight in weights.items()}
+    write_model(folder, config, rounded, tokenizer, {"made_by": "a test"})
     return config, weights
 
 
@@ -146,10 +148,13 @@ def test_config_is_the_familys_that_computes_it(activation, num_experts, model_t
 def test_a_sliding_window_makes_a_llama_shape_a_mistral(tokenizer, tmp_path):
     config, weights = saved(tmp_path / "llama", tokenizer, "swiglu", 0)
     windowed = dataclasses.replace(config, sliding_windows=(64,) * 3)
-    write_model(tmp_path / "mistral", windowed, weights, tokenizer, torch.float32, {})
+    write_model(tmp_path / "mistral", windowed, weights, tokenizer, {})
     read = open_checkpoint(tmp_path / "mistral").config
     assert (read.family, read.sliding_windows) == ("mistral", (64,) * 3)
     assert open_checkpoint(tmp_path / "llama").config.sliding_windows == ()
+    uneven = dataclasses.replace(config, sliding_windows=(None, 64, 64))
+    with pytest.raises(UsageError, match=r"windows \(None, 64, 64\) has no published form"):
+        write_model(tmp_path / "uneven", uneven, weights, tokenizer, {})
 
 
 def test_tensor_names_are_turbosparse_mixtrals(tokenizer, tmp_path):

@@ -1,9 +1,11 @@
 """Whole runs of hybrid-train: killed, resumed, relufied, misled."""
 
+import gzip
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +23,12 @@ from hybrid_runtime.text.load import load_tokenizer
 from hybrid_tools.training.checkpoint import list_states, load_state, save_state
 from hybrid_tools.training.run_log import read_log
 
-from .tiny_runs import arguments, environment, start, train, write_corpus_text
+from .tiny_runs import SIZES, arguments, environment, start, train, write_corpus_text
 
 NUM_KILLS = 3
 DRELU = ("--activation=drelu", "--l1=0.01", "--save-every=3", "--test-every=10")
 NUM_STEPS = 60
+CONTINUED = ["--seq-len=32", "--batch-tokens=128", "--held-out=0.1", "--threads=1", "--device=cpu"]
 
 
 def state_files(run):
@@ -76,7 +79,6 @@ def test_finished_run_is_opened_and_not_trained_again(finished_swiglu, text, cap
     assert train(text, finished_swiglu, *options) == 0
     printed = capsys.readouterr()
     assert printed.out == f"{finished_swiglu / 'model'}\n"
-    assert "going on after step 20 of 20" in printed.err
     assert loss_curve(finished_swiglu) == before
 
 
@@ -101,7 +103,7 @@ def test_it_learns_and_says_so_in_the_log(finished_swiglu):
         (("--seed=2",), "seed: 1, now 2"),
         (("--activation=drelu",), "config.activation.kind: 'silu_glu', now 'drelu'"),
         (("--layers=3",), "config.num_hidden_layers: 2, now 3"),
-        (("--held-out=0.2",), "with --held-out 0.1, asked for"),
+        (("--held-out=0.2",), "was made from"),
     ],
     ids=["lr", "seed", "activation", "layers", "held-out"],
 )
@@ -110,6 +112,85 @@ def test_another_recipe_cannot_go_on(options, difference, finished_swiglu, text,
     assert train(text, finished_swiglu, "--activation=swiglu", "--save-dtype=f32", *options) == 2
     assert difference in error_of(capsys)
     assert state_files(finished_swiglu) == before
+
+
+@pytest.mark.parametrize("other", ["--vocab-size=310", "--tokenizer"], ids=["size", "another"])
+def test_another_vocabulary_cannot_go_on(other, finished_swiglu, text, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(text, run, tokens=128) == 0
+    sizes = SIZES
+    if other == "--tokenizer":
+        other = f"--tokenizer={finished_swiglu / 'tokenizer'}"
+        sizes = [each for each in SIZES if not each.startswith("--vocab-size")]
+    assert train(text, run, other, tokens=128, sizes=sizes) == 2
+    assert "was made from" in error_of(capsys)
+
+
+def test_opening_a_finished_source_again_does_not_lock_out_what_continues_it(text, tmp_path):
+    source, run = tmp_path / "source", tmp_path / "run"
+    assert train(text, source, "--activation=swiglu", tokens=256) == 0
+    options = (f"--from={source / 'model'}", "--relufy=drelu", "--save-every=1")
+    assert train(text, run, *options, tokens=256, sizes=CONTINUED) == 0
+    times = {path: path.stat().st_mtime_ns for path in (source / "model").iterdir()}
+    assert train(text, source, "--activation=swiglu", tokens=256) == 0
+    assert {path: path.stat().st_mtime_ns for path in (source / "model").iterdir()} == times
+    moved = shutil.copytree(source / "model", tmp_path / "moved")
+    assert train(text, run, f"--from={moved}", *options[1:], tokens=256, sizes=CONTINUED) == 0
+
+
+@pytest.mark.parametrize("moment", ["tokenizer.tmp", "tokenizer", "corpus.tmp", "corpus", "run.json", "model"])
+def test_killed_before_the_first_step_or_after_the_last_it_ends_the_same(moment, finished_swiglu, text, tmp_path):
+    run = tmp_path / "run"
+    options = ("--activation=swiglu", "--save-dtype=f32", "--save-every=5", "--test-every=10")
+    worker = start(text, run, *options)
+    while worker.poll() is None and not (run / moment).exists():
+        time.sleep(0.0005)
+    worker.send_signal(signal.SIGKILL)
+    worker.communicate()
+    assert train(text, run, *options) == 0
+    assert loss_curve(run) == loss_curve(finished_swiglu)
+    for name in ("model.safetensors", "config.json", "tokenizer.model"):
+        assert (run / "model" / name).read_bytes() == (finished_swiglu / "model" / name).read_bytes()
+    held_out = [
+        sorted(path.name for path in (each / "corpus" / "held_out").iterdir()) for each in (run, finished_swiglu)
+    ]
+    assert held_out[0] == held_out[1]
+
+
+def test_interrupted_it_ends_the_step_saves_it_and_goes_on_to_the_same_bits(text, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = ("--activation=drelu", "--save-every=1000", "--test-every=1000")
+    assert train(text, whole, *options, tokens=NUM_STEPS * 128) == 0
+    worker = start(text, stopped, *options, tokens=NUM_STEPS * 128)
+    while worker.poll() is None and len(loss_curve(stopped)) < 3:
+        time.sleep(0.005)
+    worker.send_signal(signal.SIGINT)
+    _, errors = worker.communicate(timeout=60)
+    assert worker.returncode == 130, errors
+    (found,) = list_states(stopped / "checkpoints")
+    assert f"interrupted after step {found[0]}, which is saved" in errors
+    assert train(text, stopped, *options, tokens=NUM_STEPS * 128) == 0
+    assert loss_curve(stopped) == loss_curve(whole)
+    assert (
+        state_files(stopped)[f"step-{NUM_STEPS:08d}.safetensors"]
+        == state_files(whole)[f"step-{NUM_STEPS:08d}.safetensors"]
+    )
+
+
+def test_text_of_one_document_is_trained_on_and_the_lack_of_a_test_is_said(tmp_path, capsys):
+    words = write_corpus_text(tmp_path / "words.txt").read_text().replace("<|endoftext|>", "")
+    (tmp_path / "one.txt").write_text(words)
+    assert train(tmp_path / "one.txt", tmp_path / "run", tokens=256) == 0
+    assert "NOTHING is held out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("late", [b"caf\xe9", None], ids=["latin-1", "cut-gzip"])
+def test_bad_text_that_is_found_late_is_named_as_such(late, text, tmp_path, capsys):
+    data = text.read_bytes() + b"\n<|endoftext|>\n" + (late or b"end")
+    path = tmp_path / ("late.txt" if late else "late.txt.gz")
+    path.write_bytes(data if late else gzip.compress(data)[:-9])
+    assert train(path, tmp_path / "run") == 2
+    assert error_of(capsys).startswith(f"hybrid-train: --text {path}: is not")
 
 
 def test_another_text_cannot_go_on(finished_swiglu, tmp_path, capsys):
@@ -128,9 +209,8 @@ def test_two_processes_cannot_train_in_one_folder(text, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["relu", "drelu"])
 def test_relufication_starts_from_the_sources_weights_with_another_activation(kind, finished_swiglu, text, tmp_path):
     run, source = tmp_path / "run", finished_swiglu / "model"
-    tiny = ["--seq-len=32", "--batch-tokens=128", "--held-out=0.1", "--threads=1", "--device=cpu"]
     options = (f"--from={source}", f"--relufy={kind}", "--lr=1e-12", "--weight-decay=0", "--save-dtype=f32")
-    assert train(text, run, *options, tokens=128, sizes=tiny) == 0
+    assert train(text, run, *options, tokens=128, sizes=CONTINUED) == 0
     config = json.loads((run / "model" / "config.json").read_text())
     assert config["model_type"] == {"relu": "mixtral", "drelu": "turbosparsemixtral"}[kind]
     assert config["hidden_act"] == "relu"
@@ -147,8 +227,7 @@ def test_relufication_starts_from_the_sources_weights_with_another_activation(ki
 def test_predictors_of_the_source_are_left_behind(text, tmp_path):
     demo = make_demo(tmp_path / "demo")
     assert any(".predictor." in name for name in open_checkpoint(demo).tensors)
-    tiny = ["--seq-len=32", "--batch-tokens=128", "--held-out=0.1", "--threads=1", "--device=cpu"]
-    assert train(text, tmp_path / "run", f"--from={demo}", tokens=256, sizes=tiny) == 0
+    assert train(text, tmp_path / "run", f"--from={demo}", tokens=256, sizes=CONTINUED) == 0
     made = open_checkpoint(tmp_path / "run" / "model")
     assert not any(".predictor." in name for name in made.tensors)
     assert made.config.activation.kind == "drelu"
@@ -158,9 +237,12 @@ def test_predictors_of_the_source_are_left_behind(text, tmp_path):
     ("options", "match"),
     [
         (("--relufy=drelu",), "--relufy drelu: needs --from"),
+        (("--from={model}",), "--vocab-size is of a new model; --from has its own"),
+        (("--tokenizer={model}",), "--vocab-size: the vocabulary of --tokenizer has its own size"),
+        (("--experts=0", "--experts-per-token=2"), "a dense model has no experts"),
+        (("--micro-batch=0",), "--micro-batch 0: expected at least 1"),
+        (("--context=16",), "--seq-len 32 is more than the model's 16 positions"),
         (("--from={model}", "--activation=drelu"), "--activation is of a new model"),
-        (("--from=/nowhere",), "/nowhere: no such file or folder"),
-        (("--tokenizer=/nowhere",), "--tokenizer /nowhere: no such file or folder"),
         (("--text=/nowhere",), "--text /nowhere: no such file"),
         (("--vocab-size=100",), "--vocab-size 100: expected at least 260"),
         (("--vocab-size=265",), "the text's characters and all bytes are"),
@@ -184,6 +266,26 @@ def test_predictors_of_the_source_are_left_behind(text, tmp_path):
 def test_bad_options_are_refused_by_name(options, match, finished_swiglu, text, tmp_path, capsys):
     options = [each.format(model=finished_swiglu / "model") for each in options]
     assert train(text, tmp_path / "run", *options) == 2
+    assert match in error_of(capsys)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    if (tmp_path / "run").exists() and "vocab" not in options[0]:  # and obeying helps, in the same folder
+        assert train(text, tmp_path / "run", tokens=128) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (("--from=/nowhere",), "/nowhere: no such file or folder"),
+        (("--tokenizer=/nowhere",), "--tokenizer /nowhere: no such file or folder"),
+        (("--from={model}", "--fatrelu-threshold=0.1"), "--fatrelu-threshold: needs --relufy fatrelu"),
+        (("--from={model}", "--relufy=fatrelu"), "needs --fatrelu-threshold above 0"),
+        (("--from={model}", "--seq-len=128", "--batch-tokens=128"), "--seq-len 128 is more than the model's 64"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_options_beside_a_model_are_refused_by_name(options, match, finished_swiglu, text, tmp_path, capsys):
+    options = [each.format(model=finished_swiglu / "model") for each in options]
+    assert train(text, tmp_path / "run", *options, sizes=CONTINUED) == 2
     assert match in error_of(capsys)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -226,6 +328,21 @@ def test_disk_that_fills_during_a_checkpoint_leaves_the_last_one_whole(text, tmp
     assert list((run / "checkpoints").glob("*.tmp")) == []
     assert train(text, run, *options, "--activation=swiglu", tokens=20 * 128) == 0  # with room again it goes on
     assert [steps for steps, _ in list_states(run / "checkpoints")] == [15, 20]
+
+
+@pytest.mark.parametrize("num_bytes", [2000, 9000], ids=["tokenizer", "corpus"])
+def test_disk_that_fills_before_training_is_named(num_bytes, text, tmp_path):
+    run = tmp_path / "run"
+    failed = subprocess.run(
+        [sys.executable, "-m", "hybrid_tools.train", *arguments(text, run)],
+        capture_output=True, text=True, env=environment(), timeout=120, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes)),
+    )  # fmt: skip
+    assert failed.returncode == 2, failed.stderr
+    line = failed.stderr.splitlines()[-1]
+    assert str(run) in line
+    assert "make room there and run again" in line
+    assert train(text, run, tokens=128) == 0
 
 
 def test_nan_stops_the_run_before_the_weights_change_and_the_last_checkpoint_is_good(text, tmp_path, capsys):
@@ -275,8 +392,7 @@ def test_export_writes_the_newest_checkpoint_and_the_run_goes_on_afterwards(text
 
 def test_tokenizer_inside_a_gguf_file_cannot_be_copied(text, tmp_path, capsys):
     gguf = shared_data("models/stories260K/stories260K-f32.gguf")
-    tiny = ["--seq-len=32", "--batch-tokens=128", "--held-out=0.1", "--threads=1", "--device=cpu"]
-    assert train(text, tmp_path / "run", f"--from={gguf}", tokens=128, sizes=tiny) == 2
+    assert train(text, tmp_path / "run", f"--from={gguf}", tokens=128, sizes=CONTINUED) == 2
     assert "name one with --tokenizer" in error_of(capsys)
 
 
@@ -291,7 +407,8 @@ def test_broken_checkpoint_is_named(finished_swiglu, text, tmp_path, capsys):
 
 def test_own_tokenizer_of_a_run_serves_another(finished_swiglu, text, tmp_path):
     tokenizer = finished_swiglu / "tokenizer"
+    own = [each for each in SIZES if not each.startswith("--vocab-size")]
     for path in (tokenizer, tokenizer / "tokenizer.model"):
         run = tmp_path / path.name
-        assert train(text, run, f"--tokenizer={path}", tokens=128) == 0
+        assert train(text, run, f"--tokenizer={path}", tokens=128, sizes=own) == 0
         assert (run / "model" / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()

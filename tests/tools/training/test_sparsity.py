@@ -70,10 +70,17 @@ def test_shares_are_of_tokens_that_an_expert_saw_and_a_silent_expert_has_none():
     first, second, silent = firing.expert_zero_shares(0)
     assert (first, second) == (0.5, 0.5)
     assert math.isnan(silent)
-    assert firing.frequencies(0)[:4].tolist() == [1.0, 0.5, 0.5, 0.5]
+    assert firing.cumulative(0)[:3].tolist() == [4 / 12, 6 / 12, 8 / 12]
+    assert firing.is_sparse
     assert firing.neurons_for(0.3, 0) == 1 / 12  # four of twelve firings are one neuron's
     assert firing.neurons_for(0.5, 0) == 2 / 12
     assert firing.neurons_for(1.0, 0) == 7 / 12
+
+
+def test_a_layer_that_never_fires_has_no_cumulative_share():
+    silent = Firing((torch.zeros(1, 4, dtype=torch.int64),), (torch.tensor([3]),))
+    assert silent.cumulative(0).tolist() == [0.0] * 4
+    assert silent.zero_share(0) == 1.0
 
 
 def test_what_is_kept_is_what_adds_most_to_the_stream():

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, TextIO
 
 from hybrid_runtime.progress import format_duration
-from hybrid_tools.training.run import Display
+from hybrid_tools.training.request import Display
 from hybrid_tools.training.trainer import StepResult
 
 if TYPE_CHECKING:

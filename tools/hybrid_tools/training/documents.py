@@ -54,7 +54,7 @@ def read_documents(path: Path) -> Iterator[str]:
         with _open_text(path) as stream:
             yield from _split(path, stream)
     except UnicodeDecodeError as error:
-        raise UsageError(f"--text {path}: is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise UsageError(f"--text {path}: is not UTF-8 text: {error.reason}; convert it first") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UsageError(f"--text {path}: is not a whole gzip file: {error}; fetch it again") from error
     except OSError as error:
@@ -85,16 +85,25 @@ def _open_text(path: Path) -> TextIO:
 
 
 def _split(path: Path, stream: TextIO) -> Iterator[str]:
-    rest = ""
+    """Cut at separators; every character is looked at once, however long a document is."""
+    pieces: list[str] = []  # of the document that is being read
+    length = 0
+    rest = ""  # the end of what was read, too short to hold a whole separator
     while piece := stream.read(PIECE_CHARACTERS):
-        *whole, rest = (rest + piece).split(SEPARATOR)
-        for document in whole:
-            if stripped := document.strip():
-                yield stripped
-        if len(rest) > LONGEST_DOCUMENT:
+        *ended, rest = (rest + piece).split(SEPARATOR)
+        for idx, end in enumerate(ended):
+            if document := "".join([*pieces, end] if idx == 0 else [end]).strip():
+                yield document
+        if ended:
+            pieces, length = [], 0
+        keep = min(len(rest), len(SEPARATOR) - 1)
+        pieces.append(rest[: len(rest) - keep])
+        length += len(pieces[-1])
+        rest = rest[len(rest) - keep :]
+        if length > LONGEST_DOCUMENT:
             raise UsageError(
                 f"--text {path}: a document is longer than {LONGEST_DOCUMENT} characters; "
                 f"separate documents by {SEPARATOR}"
             )
-    if stripped := rest.strip():
-        yield stripped
+    if document := "".join([*pieces, rest]).strip():
+        yield document

@@ -1,7 +1,8 @@
 """Routed experts with gradients: every expert sees its tokens as one matrix, and nothing is added in an unordered way.
 
-Rows go to their experts and come back by permutations, whose gradients are permutations too; a scatter-add would be
-slower on the CPU and, on a GPU, would add in another order each time, so that no resumed run could equal the first.
+Rows go to their experts and come back by permutations, whose gradients are permutations too; a scatter-add would add in
+another order each time on a GPU. (Attention's gradients on GPUs are not promised to be the same twice either: runs are
+equal bit for bit on the CPU.)
 """
 
 from __future__ import annotations

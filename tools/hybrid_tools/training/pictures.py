@@ -55,8 +55,7 @@ def draw_frequencies(firings: Mapping[str, Firing], picture: Path) -> None:
     figure, panels = _figure(len(firings))
     for axes, (label, firing) in zip(panels, firings.items(), strict=True):
         for layer_idx in range(len(firing.counts)):
-            frequencies = firing.frequencies(layer_idx)
-            shares = 100 * frequencies.cumsum(0) / frequencies.sum()
+            shares = 100 * firing.cumulative(layer_idx)
             neurons = [100 * (idx + 1) / len(shares) for idx in range(len(shares))]
             axes.plot(neurons, shares.tolist(), label=f"layer {layer_idx}")
         axes.axhline(80, color="grey", linewidth=0.5)

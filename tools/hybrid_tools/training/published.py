@@ -24,6 +24,7 @@ from hybrid_tools.training.checkpoint import write_tensors
 from hybrid_tools.training.vocabulary import TOKENIZER_FILES
 
 WEIGHTS_FILE = "model.safetensors"
+NOTES_FILE = "training.json"
 _HIDDEN_ACT = {"silu_glu": "silu", "relu_glu": "relu", "drelu": "relu", "fatrelu": "fatrelu"}
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -41,18 +42,23 @@ def write_model(
     config: ModelConfig,
     weights: Mapping[str, torch.Tensor],
     tokenizer_folder: Path,
-    dtype: torch.dtype,
     notes: Mapping[str, object],
 ) -> None:
-    """Write config.json, model.safetensors, the tokenizer, and training.json: notes on where it comes from."""
+    """Write model.safetensors, the tokenizer, training.json (notes on where it comes from), and config.json last.
+
+    weights: all in one dtype, which the folder keeps.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if (tokenizer_folder / name).is_file():
             shutil.copyfile(tokenizer_folder / name, folder / name)
-    published = {published_name(name): weights[name].detach().to(dtype).cpu().contiguous() for name in weights}
+    (dtype,) = {weight.dtype for weight in weights.values()}
+    published = {published_name(name): weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    values = published_config(config, dtype)
+    (folder / "config.json").unlink(missing_ok=True)  # a folder without one is not whole
     write_tensors(folder / WEIGHTS_FILE, published, {"format": "pt"})
-    (folder / "training.json").write_text(json.dumps(notes, indent=1) + "\n")
-    (folder / "config.json").write_text(json.dumps(published_config(config, dtype), indent=1) + "\n")
+    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
 def published_name(canonical: str) -> str:
@@ -72,6 +78,10 @@ def published_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, objec
     model_type = _model_type(config)
     if kind not in _HIDDEN_ACT or config.rope is None or config.rope.kind != "default":
         raise UsageError(f"a {config.family} model with {kind} or scaled positions has no published form here")
+    if len(set(config.sliding_windows)) > 1 or (config.sliding_windows and model_type == "sparsellama"):
+        raise UsageError(
+            f"a {config.family} model with {kind} and windows {config.sliding_windows} has no published form"
+        )
     values: dict[str, object] = {
         "architectures": [_ARCHITECTURES[model_type]],
         "model_type": model_type,
@@ -103,10 +113,11 @@ def published_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, objec
 
 
 def _model_type(config: ModelConfig) -> str:
-    if config.activation.kind == "drelu":
+    kind = config.activation.kind
+    if kind == "drelu":
         return "turbosparsemixtral" if config.num_experts else "bamboo"
     if config.num_experts:
         return "mixtral"
-    if config.sliding_windows:
+    if config.sliding_windows and kind != "fatrelu":
         return "mistral"
-    return "sparsellama" if config.activation.kind == "fatrelu" else "llama"
+    return "sparsellama" if kind == "fatrelu" else "llama"

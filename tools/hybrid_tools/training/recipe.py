@@ -1,13 +1,13 @@
 """Everything that decides a training run's result, as one frozen description that is written beside it.
 
-Two runs with the same recipe, text and version of torch on the same kind of machine give the same weights. What only
-decides how the run is shown or how often it is saved is not here.
+Two runs with the same recipe and text on the same kind of CPU give the same weights. What only decides how the run is
+shown or how often it is saved is not here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
@@ -129,9 +129,8 @@ class Optimisation:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One run. source: the checkpoint that it continues, with a digest of its weights, or nothing.
-
-    corpus: digest of the text; vocabulary: of the tokenizer's files.
+    """One run. source: digest of the weights that it continues, or nothing; corpus: of the text; vocabulary: of the
+    tokenizer's files.
     """
 
     config: ModelConfig
@@ -148,7 +147,7 @@ class Recipe:
         """Plain values, nested as the dataclasses are."""
         return asdict(self)
 
-    def differences(self, other: dict[str, object]) -> list[str]:
+    def differences(self, other: Mapping[str, object]) -> list[str]:
         """What another recipe's JSON says differently: `optimisation.learning_rate: 0.001, now 0.002`."""
         return list(_differences("", other, self.to_json()))
 
@@ -173,7 +172,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 
 
 def _differences(where: str, old: object, new: object) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
         return [
             each
             for key in sorted(old.keys() | new.keys())

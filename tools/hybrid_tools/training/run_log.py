@@ -20,7 +20,7 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, values: Mapping[str, object]) -> None:
-        """Write one line, on disk when a checkpoint is."""
+        """Write one line; after a power cut the lines since the last checkpoint are trained again anyway."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
 
@@ -29,9 +29,9 @@ class RunLog:
         self._file.close()
 
 
-def training_seconds(path: Path) -> float:
-    """What all steps took, in whatever process."""
-    return sum(line.get("seconds", 0.0) for line in read_log(path))
+def training_seconds(path: Path, num_steps: int) -> float:
+    """What the first num_steps steps took, in whatever process."""
+    return sum(line.get("seconds", 0.0) for line in read_log(path) if line["step"] <= num_steps)
 
 
 def read_log(path: Path) -> Iterator[dict[str, float]]:

@@ -18,6 +18,8 @@ from hybrid_runtime.model.weight_specs import ffn_names
 from hybrid_tools.training.held_out import HeldOut, mean_losses
 from hybrid_tools.training.network import Weights
 
+SPARSE_FROM = 0.01
+
 
 @dataclass(frozen=True, slots=True)
 class Firing:
@@ -46,15 +48,22 @@ class Firing:
         """Mean over layers."""
         return sum(map(self.zero_share, range(len(self.counts)))) / len(self.counts)
 
-    def frequencies(self, layer_idx: int) -> torch.Tensor:
-        """[experts * I] float64, falling: the share of an expert's tokens for which each neuron fires."""
-        frequencies = self.counts[layer_idx].double() / self.rows[layer_idx].clamp(min=1).unsqueeze(1)
-        return frequencies.flatten().sort(descending=True).values
+    def cumulative(self, layer_idx: int) -> torch.Tensor:
+        """[experts * I] float64, rising to 1: the share of the layer's firings that its first i + 1 neurons make, the
+        most frequent first; zeros where nothing fired.
+        """
+        counts = self.counts[layer_idx].flatten().sort(descending=True).values.double().cumsum(0)
+        return counts / counts[-1].clamp(min=1)
 
     def neurons_for(self, share: float, layer_idx: int) -> float:
         """The share of the layer's neurons, most frequent first, that makes this share of all its firings."""
-        counts = self.counts[layer_idx].flatten().sort(descending=True).values.double().cumsum(0)
-        return float((counts < share * counts[-1]).sum() + 1) / len(counts)
+        cumulative = self.cumulative(layer_idx)
+        return float((cumulative < share).sum() + 1) / len(cumulative)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether zeros are a habit: SiLU underflows to zero now and then."""
+        return self.mean_zero_share > SPARSE_FROM
 
 
 def count_firing(config: ModelConfig, weights: Weights, held_out: HeldOut) -> tuple[Firing, dict[str, float]]:

@@ -22,7 +22,8 @@ from hybrid_tools.training.documents import TextFile, is_held_out, read_document
 
 SMALLEST_VOCABULARY = 3 + 256 + 1  # special tokens, bytes, and one piece of text
 MOST_LINES = 2_000_000  # that sentencepiece holds in memory
-LONGEST_LINE_BYTES = 16384
+LONGEST_LINE = 4096  # characters: sentencepiece leaves out what has more than so many bytes
+LONGEST_LINE_BYTES = 4 * LONGEST_LINE
 TOKENIZER_FILES = (
     TOKENIZER_MODEL,
     TOKENIZER_JSON,
@@ -31,6 +32,9 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
 )
 _CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
@@ -51,9 +55,10 @@ def train_vocabulary(files: Sequence[TextFile], held_out: float, vocab_size: int
     if vocab_size < SMALLEST_VOCABULARY:
         raise UsageError(f"--vocab-size {vocab_size}: expected at least {SMALLEST_VOCABULARY} (bytes are pieces too)")
     model = io.BytesIO()
+    lines = _Lines(files, held_out)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(files, held_out),
+            sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -71,7 +76,7 @@ def train_vocabulary(files: Sequence[TextFile], held_out: float, vocab_size: int
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise _unsuitable(vocab_size, error) from error
+        raise lines.error or _unsuitable(vocab_size, error) from error
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TOKENIZER_MODEL).write_bytes(model.getvalue())
     (folder / "tokenizer_config.json").write_text(json.dumps(_CONFIG, indent=1) + "\n")
@@ -103,22 +108,41 @@ def read_vocabulary(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _lines(files: Sequence[TextFile], held_out: float) -> Iterator[str]:
-    for file in files:
-        lines = (
-            line
-            for document in read_documents(file.path)
-            if not is_held_out(document, held_out)
-            for line in document.split("\n")
-            if line
-        )
-        if file.weight >= 1:  # BPE counts pairs, so a line that is read four times counts four times
-            for line in lines:
-                for _ in range(round(file.weight)):
+class _Lines:
+    """What sentencepiece learns from, and why reading it failed: sentencepiece wraps what an iterator raises."""
+
+    def __init__(self, files: Sequence[TextFile], held_out: float) -> None:
+        self.error: UsageError | None = None
+        self._files = files
+        self._held_out = held_out
+        self._stride = 1 + sum(1 for _ in self._weighted()) // MOST_LINES  # every so many, from all files alike
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for idx, line in enumerate(self._weighted()):
+                if idx % self._stride == 0:
                     yield line
-        else:
-            every = round(1 / file.weight)
-            yield from (line for idx, line in enumerate(lines) if idx % every == 0)
+        except UsageError as error:
+            self.error = error
+            raise
+
+    def _weighted(self) -> Iterator[str]:
+        """Every line as often as its file's weight says: BPE counts pairs."""
+        for file in self._files:
+            if file.weight >= 1:
+                for line in self._of(file):
+                    for _ in range(round(file.weight)):
+                        yield line
+            else:
+                every = round(1 / file.weight)
+                yield from (line for idx, line in enumerate(self._of(file)) if idx % every == 0)
+
+    def _of(self, file: TextFile) -> Iterator[str]:
+        for document in read_documents(file.path):
+            if not is_held_out(document, self._held_out):
+                for line in document.split("\n"):
+                    for start in range(0, len(line), LONGEST_LINE):
+                        yield line[start : start + LONGEST_LINE]
 
 
 def _unsuitable(vocab_size: int, error: Exception) -> UsageError:
