@@ -167,3 +167,11 @@ def test_tokenizer_without_an_end_is_refused(tmp_path):
     copy_vocabulary(tmp_path / "tokenizer.json", tmp_path / "copy")
     with pytest.raises(TokenizerError, match="names no eos_token"):
         read_vocabulary(tmp_path / "copy")
+
+
+def test_lines_too_long_for_sentencepiece_are_cut_and_not_left_out(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("ä" * 10_000 + "ab" * 10_000)
+    train_vocabulary([TextFile(path)], 0.0, 264, tmp_path / "tokenizer")
+    tokenizer = read_vocabulary(tmp_path / "tokenizer")
+    assert any("ä" in str(tokenizer.token_of(idx)) for idx in range(259, tokenizer.vocab_size))

@@ -22,8 +22,7 @@ from hybrid_tools.training.documents import TextFile, is_held_out, read_document
 
 SMALLEST_VOCABULARY = 3 + 256 + 1  # special tokens, bytes, and one piece of text
 MOST_LINES = 2_000_000  # that sentencepiece holds in memory
-LONGEST_LINE = 4096  # characters: sentencepiece leaves out what has more than so many bytes
-LONGEST_LINE_BYTES = 4 * LONGEST_LINE
+LONGEST_LINE_BYTES = 16384  # that sentencepiece does not leave out
 TOKENIZER_FILES = (
     TOKENIZER_MODEL,
     TOKENIZER_JSON,
@@ -141,8 +140,14 @@ class _Lines:
         for document in read_documents(file.path):
             if not is_held_out(document, self._held_out):
                 for line in document.split("\n"):
-                    for start in range(0, len(line), LONGEST_LINE):
-                        yield line[start : start + LONGEST_LINE]
+                    yield from _cut(line)
+
+
+def _cut(line: str) -> Iterator[str]:
+    """The line, in parts where sentencepiece would leave it out; nothing of an empty one."""
+    longest = max(1, len(line)) if len(line.encode()) <= LONGEST_LINE_BYTES else LONGEST_LINE_BYTES // 4
+    for start in range(0, len(line), longest):
+        yield line[start : start + longest]
 
 
 def _unsuitable(vocab_size: int, error: Exception) -> UsageError:
