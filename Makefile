@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 .PHONY: run test lint clean
 
 run: $(VENV)/installed
-	$(BIN)/hybrid-run --prompt "Every token takes" --max-tokens 60
+	$(BIN)/hybrid-run --prompt "Once upon a time, there was a little" --max-tokens 120
 
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q

@@ -41,7 +41,7 @@ RUNS = {
     "swiglu-more": ("--from", "{runs}/swiglu/model", *MORE),
     "relufied": ("--from", "{runs}/swiglu/model", "--relufy", "drelu", *MORE),
 }
-KEPT = (1.0, 0.5, 0.2, 0.15, 0.1)
+KEPT = (1.0, 0.5, 0.2, 0.1, 0.05)
 MOST_SEQUENCES = 48  # of each file: every document weighs the same for every model
 
 

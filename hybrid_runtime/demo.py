@@ -1,7 +1,7 @@
-"""The default model until a trained one ships: a tiny TurboSparse-shaped mixture with RANDOM weights, made on the spot.
+"""`random-demo`: a tiny TurboSparse-shaped mixture with RANDOM weights, made on the spot.
 
-It exists so that the first command works offline and takes the whole path that a real model takes: a published-looking
-folder, conversion, routed experts, embedded predictors that mask, sampling, text. What it writes means nothing.
+It takes the whole path that a published model takes, which the model in the package does not: a checkpoint's folder,
+its conversion, routed experts, embedded predictors that mask. What it writes means nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +16,6 @@ from pathlib import Path
 
 DEMO_NAME = "random-demo"
 DEMO_VERSION = 1  # another demo goes into another folder
-DEMO_NOTICE = (
-    "no --model given: running random-demo, a tiny model with RANDOM weights; its text means nothing. "
-    "Try --model path/to/model.gguf, or a name from models.md"
-)
 
 HIDDEN_SIZE = 64
 INTERMEDIATE_SIZE = 160

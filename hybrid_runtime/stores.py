@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hybrid_kernels.quantization.row_format import GROUP_SIZES, ROW_KINDS, RowFormat, RowKind
@@ -19,11 +19,13 @@ from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.demo import DEMO_NAME, DEMO_VERSION, make_demo
 from hybrid_runtime.errors import CheckpointError, TokenizerError, UsageError
 from hybrid_runtime.progress import NoProgress, Progress
+from hybrid_runtime.shipped import SHIPPED_MODELS
 from hybrid_runtime.store.blocks import CheckpointWeights
-from hybrid_runtime.store.convert import Conversion, convert, data_name, finished_store
+from hybrid_runtime.store.convert import Conversion, SaveTokenizer, convert, data_name, finished_store
 from hybrid_runtime.store.layout import Quantization
 from hybrid_runtime.store.manifest import is_store
 from hybrid_runtime.store.reader import Store, open_store
+from hybrid_runtime.store.stored_weights import StoredWeights
 from hybrid_runtime.text.load import find_chat_template, load_tokenizer, tokenizer_from_gguf
 from hybrid_runtime.text.tokenizer import Tokenizer
 
@@ -96,7 +98,7 @@ def find_model(
     """Find the model, downloading it where it is a repository; a checkpoint without a tokenizer may be refused."""
     path = _locate(request, cache_dir, progress)
     if path.is_dir() and is_store(path):
-        return FoundModel(_open_as_asked(path, request))
+        return FoundModel(_open_store(path, request, cache_dir))
     checkpoint, quantization, name = _open_source(path, request)
     folder = cache_dir / "stores" / f"{_safe(name)}-{data_name(CheckpointWeights(checkpoint), quantization)}"
     conversion = plan_conversion(checkpoint, folder, quantization, name, needs_tokenizer=needs_tokenizer)
@@ -107,7 +109,9 @@ def convert_model(request: ModelRequest, folder: Path, cache_dir: Path, progress
     """Convert the model into a folder that the caller names."""
     path = _locate(request, cache_dir, progress)
     if path.is_dir() and is_store(path):
-        raise UsageError(f"{path}: is a store already; convert the checkpoint that it was made from")
+        if not _is_shipped(path, request):
+            raise UsageError(f"{path}: is a store already; convert the checkpoint that it was made from")
+        return convert(_requantization(open_store(path), folder, request), progress)
     checkpoint, quantization, name = _open_source(path, request)
     return convert(plan_conversion(checkpoint, folder, quantization, name), progress)
 
@@ -167,13 +171,17 @@ def plan_conversion(
             f"{checkpoint.config.vocab_size}; the two are of different models"
         )
 
+    return Conversion(CheckpointWeights(checkpoint), destination, quantization, model, _saver(tokenizer, template))
+
+
+def _saver(tokenizer: Tokenizer | None, template: str | None) -> SaveTokenizer:
     def save_tokenizer(folder: Path) -> None:
         if tokenizer is not None:
             tokenizer.save(folder)
         if template is not None:
             (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
-    return Conversion(CheckpointWeights(checkpoint), destination, quantization, model, save_tokenizer)
+    return save_tokenizer
 
 
 def load_store_tokenizer(store: Store) -> tuple[Tokenizer, str | None]:
@@ -201,10 +209,13 @@ def _tokenizer_of(checkpoint: Checkpoint) -> tuple[Tokenizer | None, str | None]
 def _locate(request: ModelRequest, cache_dir: Path, progress: Progress) -> Path:
     path = _existing_path(request.name)
     is_demo = path is None and request.name == DEMO_NAME
-    if request.revision is not None and (path is not None or is_demo):
+    shipped = SHIPPED_MODELS.get(request.name) if path is None else None
+    if request.revision is not None and (path is not None or is_demo or shipped is not None):
         raise UsageError(f"--revision {request.revision}: {request.name} is not a repository; leave it out")
     if path is not None:
         return path
+    if shipped is not None:
+        return shipped
     if is_demo:
         return make_demo(cache_dir / f"demo-{DEMO_VERSION}")
     from hybrid_runtime.hub.resolve import resolve_model  # noqa: PLC0415  # huggingface_hub takes 0.3 s to import
@@ -218,16 +229,42 @@ def _existing_path(name: str) -> Path | None:
     return Path(path) if os.path.exists(path) else None  # noqa: PTH110  # Path.exists raises for 300 characters
 
 
-def _open_as_asked(path: Path, request: ModelRequest) -> Store:
+def _open_store(path: Path, request: ModelRequest, cache_dir: Path) -> Store | Conversion:
+    """The store, where it is as asked; a shipped one in another format becomes another store in the cache."""
     store = open_store(path)
     weights = store.manifest.quantization.weights
+    is_as_asked = request.quant in (None, weights.kind) and request.group in (None, weights.group)
+    if _is_shipped(path, request) and not is_as_asked:
+        conversion = _requantization(store, cache_dir / "stores", request)
+        conversion = replace(conversion, destination=conversion.destination / f"{request.name}-{conversion.data}")
+        return finished_store(conversion) or conversion
+    _refuse_other_format(path, request, weights)
+    return store
+
+
+def _is_shipped(path: Path, request: ModelRequest) -> bool:
+    return path == SHIPPED_MODELS.get(request.name)
+
+
+def _requantization(store: Store, destination: Path, request: ModelRequest) -> Conversion:
+    """A store that the package carries, with its weights packed another way."""
+    if request.ffn_activation is not None:
+        raise UsageError(f"--ffn-activation: {request.name} is a store, its activation was fixed when it was converted")
+    weights = store.manifest.quantization.weights
+    quantization = asked_quantization(request.quant or weights.kind, request.group)
+    tokenizer, template = load_store_tokenizer(store)
+    return Conversion(
+        StoredWeights(store), destination, quantization, store.manifest.model, _saver(tokenizer, template)
+    )
+
+
+def _refuse_other_format(path: Path, request: ModelRequest, weights: RowFormat) -> None:
     if request.quant is not None and request.quant != weights.kind:
         raise UsageError(f"--quant {request.quant}: {path} is a store in {weights}; convert the original again")
     if request.group not in (None, weights.group):
         raise UsageError(f"--group {request.group}: {path} is a store in {weights}; convert the original again")
     if request.ffn_activation is not None:
         raise UsageError(f"--ffn-activation: {path} is a store, its activation was fixed when it was converted")
-    return store
 
 
 def _safe(name: str) -> str:

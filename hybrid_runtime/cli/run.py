@@ -23,6 +23,7 @@ from hybrid_runtime import __version__
 from hybrid_runtime.cli.options import Size, model_options, run_options
 from hybrid_runtime.cli.program import run_program, say, without_collections
 from hybrid_runtime.errors import UsageError
+from hybrid_runtime.shipped import DEFAULT_MODEL
 
 if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
     from hybrid_runtime.engine import Engine
@@ -66,7 +67,7 @@ class Settings:
 
 @click.command(name="hybrid-run", help="Generate text from a model.", context_settings={"max_content_width": 110})
 @click.option(
-    "--model", "-m", metavar="NAME", help="Path, alias or repository id (see models.md). [default: random-demo]"
+    "--model", "-m", metavar="NAME", help="Path, alias or repository id (see models.md). [default: tinystories-moe]"
 )
 @click.option("--prompt", "-p", metavar="TEXT", help="What to answer or continue. [default: stdin, else interactive]")
 @click.option("--system", metavar="TEXT", help="System message of a chat.")
@@ -169,13 +170,12 @@ def _sampling_params(settings: Settings) -> SamplingParams:
 
 def _load(settings: Settings) -> Engine:
     from hybrid_runtime.cli.loading import load_engine  # noqa: PLC0415  # imports torch
-    from hybrid_runtime.demo import DEMO_NAME, DEMO_NOTICE  # noqa: PLC0415
     from hybrid_runtime.stores import ModelRequest  # noqa: PLC0415
 
     if settings.model is None:
-        say(DEMO_NOTICE)
+        say(f"no --model given: running {DEFAULT_MODEL}, a small model that writes stories for children; see models.md")
     request = ModelRequest(
-        DEMO_NAME if settings.model is None else settings.model,
+        DEFAULT_MODEL if settings.model is None else settings.model,
         settings.quant,
         settings.group,
         settings.ffn_activation,

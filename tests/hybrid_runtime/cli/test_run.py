@@ -183,19 +183,36 @@ def test_context_beyond_the_trained_one_is_allowed_and_said(run):
     assert "--ctx 4000: the model was made for 128 tokens" in err
 
 
-def test_without_a_model_the_demo_says_what_it_is_and_needs_no_network(run, monkeypatch):
+def test_without_a_model_the_shipped_one_writes_and_needs_no_network(run, monkeypatch):
     def refuse(*args, **kwargs):
         pytest.fail("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    flags = ("--prompt", "Every token", "--max-tokens", "10", "--seed", "3")
+    flags = ("--prompt", "Once upon a time", "--max-tokens", "10", "--seed", "3")
     code, out, err = run(*flags, model=None)
     assert code == 0
     assert len(out) > 1
-    assert err[0].startswith("no --model given: running random-demo, a tiny model with RANDOM weights")
+    assert err[0].startswith("no --model given: running tinystories-moe, a small model that writes stories")
     assert run(*flags, model=None)[:2] == (0, out)
-    assert "model    random-demo (turbosparsemixtral), f32" in err
+    assert "model    tinystories-moe (turbosparsemixtral), q8 group 32" in err
+
+
+@pytest.mark.parametrize("quant", ["f32", "q4"])
+def test_shipped_model_is_packed_again_where_another_format_is_asked_for(run, quant):
+    flags = ("--quant", quant, "--prompt", "Once upon a time", "--max-tokens", "10", "--temperature", "0")
+    code, out, err = run(*flags, model=None)
+    assert code == 0
+    assert any(line.startswith(f"converting tinystories-moe to {quant}") for line in err)
+    code, again, err = run(*flags, model=None)
+    assert (code, again) == (0, out)
+    assert not any(line.startswith("converting") for line in err)
+
+
+def test_random_demo_still_runs_under_its_name(run, models, monkeypatch):
+    monkeypatch.chdir(models)
+    code = main(["--model", "random-demo", "--cache-dir", str(models / "cache"), "--threads", "1", *GREEDY])
+    assert code == 0
 
 
 def test_demo_is_the_same_on_every_machine(tmp_path):

@@ -155,7 +155,7 @@ def test_help_is_fast_lists_units_and_loads_no_torch():
     cpu_s, code = result.stderr.split()
     assert code == "0"
     assert float(cpu_s) < 0.5
-    for words in ("e.g. 8G", "e.g. 12G", "in tokens", "[default: 0.8]", "[default: random-demo]", "at most 4096"):
+    for words in ("e.g. 8G", "e.g. 12G", "in tokens", "[default: 0.8]", "[default: tinystories-moe]", "at most 4096"):
         assert words in " ".join(result.stdout.split()), words
 
 

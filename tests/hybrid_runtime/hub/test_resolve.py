@@ -13,6 +13,7 @@ from hybrid_runtime.hub.aliases import ALIASES
 from hybrid_runtime.hub.names import is_repo_id
 from hybrid_runtime.hub.resolve import resolve_model
 from hybrid_runtime.hub.settings import hub_cache_dir, hub_endpoint, hub_is_offline
+from hybrid_runtime.shipped import SHIPPED_MODELS
 
 GGUF_REPO = "acme/sparse-gguf"
 MODELS_MD = Path(__file__).parents[3] / "models.md"
@@ -223,8 +224,8 @@ def test_models_md_lists_every_alias_with_its_repository_and_licence():
     table = {
         row[0].strip().strip("`"): [cell.strip() for cell in row] for row in rows if row[0].strip().startswith("`")
     }
-    assert next(iter(table)) == "random-demo"
-    assert set(table) == {"random-demo", *ALIASES}
+    assert list(table)[:2] == ["tinystories-moe", "random-demo"]
+    assert set(table) == {*SHIPPED_MODELS, "random-demo", *ALIASES}
     for name, alias in ALIASES.items():
         assert f"`{alias.repo_id}`" in table[name][1]
         assert alias.former_repo_id is None or f"`{alias.former_repo_id}`" in table[name][1]
