@@ -39,7 +39,7 @@ SPARE_BYTES = 32 << 20  # tokenizer, manifest, journal and the file system's own
 SaveTokenizer = Callable[[Path], None]
 
 _DATA_NAME = re.compile(DATA_PREFIX + "[0-9a-f]{16}")
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +337,7 @@ def _num_bytes(path: Path) -> int:
 
 def _cannot_write(destination: Path, error: OSError) -> HybridError:
     what = f"{error.filename or destination}: cannot be written: {error.strerror or error}"
-    if error.errno in _DISK_IS_FULL:
+    if error.errno in DISK_IS_FULL:
         return BudgetError(f"{what}; free some disk and run it again, it goes on where it was")
     return UsageError(f"{what}; choose another folder")
 

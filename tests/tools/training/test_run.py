@@ -345,16 +345,44 @@ def test_disk_that_fills_before_training_is_named(num_bytes, text, tmp_path):
     assert train(text, run, tokens=128) == 0
 
 
-def test_nan_stops_the_run_before_the_weights_change_and_the_last_checkpoint_is_good(text, tmp_path, capsys):
+def test_nan_in_the_middle_stops_the_run_and_the_checkpoint_before_it_can_be_continued(text, tmp_path, capsys):
+    """A weight of the newest checkpoint is poisoned; the run stops there, and goes on from the one before."""
     run = tmp_path / "run"
-    options = ("--save-every=2", "--activation=swiglu", "--lr=1e12", "--clip=1e12", "--warmup=0")
-    assert train(text, run, *options, tokens=50 * 128) == 2
+    options = ("--save-every=2", "--activation=swiglu")
+    assert train(text, run, *options, tokens=6 * 128) == 0
+    good = {steps: path.read_bytes() for steps, path in list_states(run / "checkpoints")}
+    assert sorted(good) == [4, 6]
+    newest = list_states(run / "checkpoints")[-1][1]
+    state = load_state(newest)
+    state.weights["norm"][3] = float("nan")
+    newest.unlink()
+    save_state(run / "checkpoints", type(state)(5, state.weights, state.moments))
+    assert train(text, run, *options, tokens=6 * 128) == 2
     message = error_of(capsys)
-    assert "nothing was changed, and the last checkpoint is good" in message
-    assert "write it out with --export" in message
-    for _, path in list_states(run / "checkpoints"):
-        assert all(weight.isfinite().all() for weight in load_state(path).weights.values())
-    assert not (run / "model").exists()
+    assert "step 6: the loss is nan" in message
+    assert "what was saved before is untouched" in message
+    assert "smaller --lr" in message
+    kept = dict(list_states(run / "checkpoints"))
+    assert kept[4].read_bytes() == good[4]
+    kept[5].unlink()
+    assert train(text, run, *options, tokens=6 * 128) == 0
+    assert state_files(run)["step-00000006.safetensors"] == good[6]
+
+
+@pytest.mark.parametrize("rate", ["1e3", "1e12"])
+def test_run_that_diverges_is_an_error_and_writes_no_model(rate, text, tmp_path, capsys):
+    options = ("--activation=swiglu", f"--lr={rate}", "--clip=1e12", "--warmup=0")
+    assert train(text, tmp_path / "run", *options, tokens=3 * 128) == 2
+    assert "smaller --lr" in error_of(capsys)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_output_that_is_a_file_is_not_called_a_full_disk(text, tmp_path, capsys):
+    (tmp_path / "run").write_text("x")
+    assert train(text, tmp_path / "run") == 2
+    message = error_of(capsys)
+    assert "name another folder" in message
+    assert "make room" not in message
 
 
 def test_weights_that_are_no_numbers_are_noticed_at_the_first_step(text, tmp_path, capsys):

@@ -26,7 +26,8 @@ from types import FrameType
 import filelock
 import torch
 
-from hybrid_runtime.errors import BudgetError, UsageError
+from hybrid_runtime.errors import BudgetError, NumericsError, UsageError
+from hybrid_runtime.store.convert import DISK_IS_FULL
 from hybrid_tools.training.checkpoint import list_states, load_state
 from hybrid_tools.training.corpus import Batches, Corpus
 from hybrid_tools.training.held_out import HeldOut, mean_losses, read_held_out
@@ -49,6 +50,7 @@ from hybrid_tools.training.run_log import LOG_FILE, RunLog, training_seconds
 from hybrid_tools.training.trainer import Trainer
 
 MODEL_FOLDER = "model"
+LARGEST_LOSS = 100.0  # nats a token; a model that knows nothing has the logarithm of its vocabulary, about 10
 PICTURE = "curves.png"
 TEST_SEQUENCES = 16  # of each file, while training; all of them at the end
 SAVE_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
@@ -68,10 +70,13 @@ def train(request: RunRequest, display: Display) -> Path:
         raise UsageError(
             f"-o {folder}: another process is training here; wait for it, or name another folder"
         ) from error
+    except BrokenPipeError:
+        raise  # nobody reads our output any more: the program's business
     except OSError as error:
+        remedy = "make room there" if error.errno in DISK_IS_FULL else "mend that, or name another folder"
         raise BudgetError(
             f"{error.filename or folder}: {error.strerror or error}; what was saved before is untouched: "
-            "make room there and run again"
+            f"{remedy} and run again"
         ) from error
 
 
@@ -114,12 +119,12 @@ def _steps(request: RunRequest, trainer: Trainer, held_out: HeldOut, display: Di
                 step_s = time.perf_counter() - started_s
                 log.add(asdict(result) | {"seconds": round(step_s, 4)})
                 display.step(result, optimisation.num_steps, optimisation.batch_tokens / step_s)
-                is_last = result.step == optimisation.num_steps or interrupt.came
+                is_last = result.step == optimisation.num_steps
                 if held_out.sequences and not interrupt.came and (is_last or result.step % request.test_every == 0):
                     losses = mean_losses(trainer.config, trainer.weights, held_out)
                     log.add({"step": result.step, "held_out": losses})
                     display.say(f"step {result.step}: held-out loss {losses['all']:.4f}")
-                if is_last or result.step % request.save_every == 0:
+                if is_last or interrupt.came or result.step % request.save_every == 0:
                     trainer.save(request.folder / "checkpoints")
                 if interrupt.came:
                     display.say(f"interrupted after step {result.step}, which is saved: the same command goes on")
@@ -146,6 +151,11 @@ def _finish(
     dtype = SAVE_DTYPES[request.save_dtype]
     weights = {name: weight.detach().to(dtype) for name, weight in trainer.weights.items()}
     losses = mean_losses(trainer.config, {name: weight.float() for name, weight in weights.items()}, held_out)
+    if not all(math.isfinite(loss) and loss < LARGEST_LOSS for loss in losses.values()):
+        raise NumericsError(
+            f"{request.folder}: the run has diverged, its loss on held-out text is {losses['all']}; no model was "
+            "written: begin a new run with a smaller --lr"
+        )
     notes = {
         "made_by": "hybrid-train",
         "command": begun.command,

@@ -125,8 +125,9 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), optimisation.clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NumericsError(
-                f"step {step_idx + 1}: the loss is {loss} and the gradient's norm {norm}; nothing was changed, and the "
-                "last checkpoint is good; write it out with --export, and go on --from it with a smaller --lr"
+                f"step {step_idx + 1}: the loss is {loss} and the gradient's norm {norm}; nothing was changed, and "
+                "what was saved before is untouched; begin a new run with a smaller --lr, or write the newest "
+                "checkpoint out with --export and go on --from it"
             )
         rate = learning_rate(optimisation, step_idx)
         for group in self._optimiser.param_groups:
