@@ -13,6 +13,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -54,12 +55,12 @@ class Count(click.ParamType[int]):
             return value
         scale = {"K": 10**3, "M": 10**6, "B": 10**9}.get(value[-1:].upper(), 0)
         try:
-            number = float(value[:-1] if scale else value) * (scale or 1)
-        except ValueError:
+            number = Decimal(value[:-1] if scale else value) * (scale or 1)  # 2.01M is no whole float
+        except InvalidOperation:
             self.fail(f"{value!r} is not a number of tokens such as 500K or 6M", param, ctx)
-        if not 1 <= number < 1e15 or number != round(number):
+        if not number.is_finite() or not 1 <= number < 10**15 or number != int(number):
             self.fail(f"{value!r} is not a whole number of tokens above 0", param, ctx)
-        return round(number)
+        return int(number)
 
 
 @click.command(name="hybrid-train", help="Train or continue a llama- or mixtral-shaped model on plain text.")
@@ -85,7 +86,13 @@ class Count(click.ParamType[int]):
 @click.option("--l1-start", type=float, default=0.1, show_default=True, help="Share of the run at which it begins.")
 @click.option("--l1-end", type=float, default=0.6, show_default=True, help="Share of the run at which it is largest.")
 @click.option("--tokenizer", metavar="PATH", type=click.Path(path_type=Path), help="An existing one: folder or file.")
-@click.option("--vocab-size", type=int, default=4096, show_default=True, help="Pieces of a vocabulary of its own.")
+@click.option(
+    "--vocab-size",
+    type=click.IntRange(1, 2**24),
+    default=4096,
+    show_default=True,
+    help="Pieces of a vocabulary of its own.",
+)
 @click.option("--held-out", type=float, default=0.02, show_default=True, help="Share of documents kept for testing.")
 @click.option("--hidden-size", type=int, default=256, show_default=True)
 @click.option("--intermediate-size", type=int, default=384, show_default=True, help="Neurons of one FFN or expert.")
@@ -110,7 +117,12 @@ class Count(click.ParamType[int]):
 @click.option(
     "--save-dtype", type=click.Choice(["bf16", "f32"]), default="bf16", show_default=True, help="Of the model."
 )
-@click.option("--seed", type=int, default=1, show_default=True)
+@click.option(
+    "--round-to",
+    type=click.Choice(["q8"]),
+    help="Put the model's weights on the levels of a q8 store, which then computes what the model does.",
+)
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads. [default: physical cores]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--save-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between checkpoints.")
@@ -217,6 +229,7 @@ def _request(options: dict[str, Any], command_line: str) -> RunRequest:
         num_threads=num_threads,
         device=_device(options["device"]),
         save_dtype=options["save_dtype"],
+        round_to=options["round_to"],
         save_every=options["save_every"],
         test_every=options["test_every"],
         exports=options["export"],

@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import os
-import random
 import resource
 import shutil
 import signal
@@ -25,8 +23,6 @@ from hybrid_tools.training.run_log import read_log
 
 from .tiny_runs import SIZES, arguments, environment, start, train, write_corpus_text
 
-NUM_KILLS = 3
-DRELU = ("--activation=drelu", "--l1=0.01", "--save-every=3", "--test-every=10")
 NUM_STEPS = 60
 CONTINUED = ["--seq-len=32", "--batch-tokens=128", "--held-out=0.1", "--threads=1", "--device=cpu"]
 
@@ -46,31 +42,6 @@ def error_of(capsys):
     assert len(errors) == 1, lines
     assert lines[-1] == errors[0]
     return errors[0]
-
-
-def test_killed_three_times_at_random_and_resumed_it_ends_with_the_same_bits(text, tmp_path):
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"random moments of seed {seed}")  # shown when the test fails
-    moments = random.Random(seed)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert train(text, whole, *DRELU, tokens=NUM_STEPS * 128) == 0
-    log = killed / "log.jsonl"
-    for _ in range(NUM_KILLS):
-        done = len(loss_curve(killed))
-        worker = start(text, killed, *DRELU, tokens=NUM_STEPS * 128)
-        while worker.poll() is None and len(loss_curve(killed) if log.is_file() else []) <= done:
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0.0, 0.25))
-        worker.send_signal(signal.SIGKILL)
-        worker.communicate()
-        assert worker.returncode == -signal.SIGKILL  # it was at work, not done
-    steps = [line["step"] for line in loss_curve(killed) if "loss" in line]
-    assert steps == list(range(1, len(steps) + 1))
-    assert train(text, killed, *DRELU, tokens=NUM_STEPS * 128) == 0
-    assert loss_curve(killed) == loss_curve(whole)
-    assert state_files(killed) == state_files(whole)
-    for name in ("model.safetensors", "config.json", "tokenizer.model"):
-        assert (killed / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
 
 
 def test_finished_run_is_opened_and_not_trained_again(finished_swiglu, text, capsys):
@@ -138,8 +109,8 @@ def test_opening_a_finished_source_again_does_not_lock_out_what_continues_it(tex
     assert train(text, run, f"--from={moved}", *options[1:], tokens=256, sizes=CONTINUED) == 0
 
 
-@pytest.mark.parametrize("moment", ["tokenizer.tmp", "tokenizer", "corpus.tmp", "corpus", "run.json", "model"])
-def test_killed_before_the_first_step_or_after_the_last_it_ends_the_same(moment, finished_swiglu, text, tmp_path):
+@pytest.mark.parametrize("moment", ["tokenizer.tmp", "corpus.tmp"])
+def test_killed_while_text_is_prepared_it_ends_the_same(moment, finished_swiglu, text, tmp_path):
     run = tmp_path / "run"
     options = ("--activation=swiglu", "--save-dtype=f32", "--save-every=5", "--test-every=10")
     worker = start(text, run, *options)
@@ -256,8 +227,8 @@ def test_predictors_of_the_source_are_left_behind(text, tmp_path):
         (("--activation=fatrelu",), "needs --fatrelu-threshold above 0"),
         (("--activation=relu", "--fatrelu-threshold=0.1"), "--activation relu has no threshold"),
         (("--hidden-size=30",), "--hidden-size 30 is not an even multiple of --heads 4"),
-        (("--kv-heads=3",), "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-        (("--experts-per-token=5",), "num_experts_per_tok 5 is not between 1 and num_experts 4"),
+        (("--kv-heads=3",), "--heads 4 is not a multiple of --kv-heads 3"),
+        (("--experts-per-token=5",), "--experts-per-token 5: expected 1 to 4"),
         (("--held-out=1.0",), "--held-out 1.0: expected a share"),
         (("--batch-tokens=999936",), "give more text, or less --batch-tokens"),
     ],
@@ -375,14 +346,6 @@ def test_run_that_diverges_is_an_error_and_writes_no_model(rate, text, tmp_path,
     assert train(text, tmp_path / "run", *options, tokens=3 * 128) == 2
     assert "smaller --lr" in error_of(capsys)
     assert not (tmp_path / "run" / "model").exists()
-
-
-def test_output_that_is_a_file_is_not_called_a_full_disk(text, tmp_path, capsys):
-    (tmp_path / "run").write_text("x")
-    assert train(text, tmp_path / "run") == 2
-    message = error_of(capsys)
-    assert "name another folder" in message
-    assert "make room" not in message
 
 
 def test_weights_that_are_no_numbers_are_noticed_at_the_first_step(text, tmp_path, capsys):

@@ -37,6 +37,8 @@ class State:
 def save_state(folder: Path, state: State) -> Path:
     """Write, then forget all but the newest KEPT. Raise BudgetError when the disk does not hold it."""
     folder.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.glob(f"*{TEMPORARY}"):  # a kill left it
+        abandoned.unlink()
     path = folder / f"step-{state.num_steps:08d}.safetensors"
     tensors = {f"weights/{name}": tensor.detach() for name, tensor in state.weights.items()}
     for moment in MOMENTS:

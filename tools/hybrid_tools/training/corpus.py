@@ -9,7 +9,6 @@ run that was killed goes on with the very same batches.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_runtime.errors import UsageError
+from hybrid_runtime.errors import CheckpointError, UsageError
 from hybrid_runtime.text.tokenizer import Tokenizer
 from hybrid_runtime.typed_json import from_json
 from hybrid_tools.training.documents import SEPARATOR, TextFile, is_held_out, read_documents
+from hybrid_tools.training.json_files import read_json, write_json
 
 TOKENS_FILE = "tokens.bin"
 INDEX_FILE = "index.json"
@@ -34,10 +34,14 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class FileCounts:
-    """What one file gave: documents and tokens for training, documents held out; sha256 of the text read."""
+    """What one file gave: documents and tokens for training, documents held out; sha256 of the documents read.
+
+    modified_ns: when the file was last written to, as the disk says.
+    """
 
     name: str
     num_bytes: int
+    modified_ns: int
     weight: float
     num_documents: int
     num_tokens: int
@@ -82,6 +86,16 @@ class Corpus:
                 f"{where}: was made of {_listed(found)} with --held-out {self.index.held_out}, "
                 f"asked for {_listed(asked)} with --held-out {held_out}; name another folder"
             )
+        for file, counts in zip(files, self.index.files, strict=True):
+            if file.path.stat().st_mtime_ns != counts.modified_ns and _digest(file) != counts.sha256:
+                raise UsageError(f"--text {file.path}: has changed since {where} was made of it; name another folder")
+
+
+def _digest(file: TextFile) -> str:
+    digest = hashlib.sha256()
+    for document in read_documents(file.path):
+        digest.update(document.encode() + b"\0")
+    return digest.hexdigest()
 
 
 def _listed(files: Sequence[tuple[str, int, float]]) -> str:
@@ -98,6 +112,7 @@ def write_corpus(files: Sequence[TextFile], held_out: float, tokenizer: Tokenize
     counts, lengths = [], []
     with (folder / TOKENS_FILE).open("wb") as out:
         for idx, file in enumerate(files):
+            before = file.path.stat()
             held_path = held_out_folder / f"{idx:02d}-{file.path.name.removesuffix('.gz')}"
             digest = hashlib.sha256()
             file_lengths = []
@@ -117,7 +132,8 @@ def write_corpus(files: Sequence[TextFile], held_out: float, tokenizer: Tokenize
             counts.append(
                 FileCounts(
                     file.path.name,
-                    file.path.stat().st_size,
+                    before.st_size,
+                    before.st_mtime_ns,
                     file.weight,
                     len(file_lengths),
                     sum(file_lengths),
@@ -127,15 +143,16 @@ def write_corpus(files: Sequence[TextFile], held_out: float, tokenizer: Tokenize
             )
         out.flush()
         os.fsync(out.fileno())
-    index = asdict(CorpusIndex(held_out, tuple(counts), tuple(lengths)))
-    temporary = folder / f"{INDEX_FILE}.tmp"
-    temporary.write_text(json.dumps(index))
-    temporary.rename(folder / INDEX_FILE)
+    write_json(folder / INDEX_FILE, asdict(CorpusIndex(held_out, tuple(counts), tuple(lengths))), indent=None)
 
 
 def open_corpus(folder: Path) -> Corpus:
     """Map what write_corpus wrote."""
-    index = from_json(CorpusIndex, json.loads((folder / INDEX_FILE).read_text()), "index.json")
+    path = folder / INDEX_FILE
+    try:
+        index = from_json(CorpusIndex, read_json(path, (), folder), "index.json")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}; remove {folder}, and the same command makes it again") from error
     lengths = np.asarray(index.lengths, np.int64)
     weights = np.repeat([file.weight for file in index.files], [file.num_documents for file in index.files])
     tokens = np.memmap(folder / TOKENS_FILE, _ID, mode="r")
@@ -163,6 +180,12 @@ class Batches:
         self._num_sequences = num_sequences
         self._seq_len = seq_len
         self._starts = np.concatenate([[0], np.cumsum(corpus.lengths)])
+        self._step_tokens = num_sequences * seq_len + 1
+        if corpus.tokens_per_epoch < self._step_tokens:
+            raise UsageError(
+                f"an epoch has {corpus.tokens_per_epoch:.0f} tokens, one step reads {self._step_tokens}; "
+                "give more text, or less --batch-tokens or --seq-len"
+            )
         self._first_step = 0
         self._epoch = self._make_epoch(0)
 
@@ -183,20 +206,19 @@ class Batches:
 
     def _make_epoch(self, epoch_idx: int) -> _Epoch:
         random = np.random.default_rng([self._seed, epoch_idx])
+        documents = self._draw(random)
+        while self._corpus.lengths[documents].sum() < self._step_tokens:  # fewer were drawn than are expected
+            documents = np.concatenate([documents, self._draw(random)])
+        random.shuffle(documents)
+        ends = np.cumsum(self._corpus.lengths[documents])
+        return _Epoch(epoch_idx, documents, ends, random.permutation((int(ends[-1]) - 1) // self._seq_len))
+
+    def _draw(self, random: np.random.Generator) -> Counts:
+        """Every document as often as its weight says; a fraction is a chance."""
         weights = self._corpus.weights
         whole = np.floor(weights)
         repeats = whole + (random.random(len(weights)) < weights - whole)
-        documents = np.repeat(np.arange(len(weights)), repeats.astype(np.int64))
-        random.shuffle(documents)
-        ends = np.cumsum(self._corpus.lengths[documents])
-        num_tokens = int(ends[-1]) if len(ends) else 0
-        epoch = _Epoch(epoch_idx, documents, ends, random.permutation(max(0, num_tokens - 1) // self._seq_len))
-        if not self._steps_of(epoch):
-            raise UsageError(
-                f"an epoch has {num_tokens} tokens, one step reads {self._num_sequences * self._seq_len + 1}; "
-                "give more text, or less --batch-tokens or --seq-len"
-            )
-        return epoch
+        return np.repeat(np.arange(len(weights)), repeats.astype(np.int64))
 
     def _read(self, first: int, length: int) -> Ids:
         """Tokens [first, first + length) of the epoch."""

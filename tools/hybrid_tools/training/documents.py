@@ -39,10 +39,14 @@ class TextFile:
 def parse_text_file(text: str) -> TextFile:
     """`PATH` or `PATH@WEIGHT`; raise UsageError for a file that is not there."""
     path, at, weight = text.rpartition("@")
+    if not at or Path(text).is_file():  # an @ in the name itself
+        path, weight = text, "1"
     try:
-        file = TextFile(Path(path), float(weight)) if at else TextFile(Path(text))
+        file = TextFile(Path(path), float(weight))
     except ValueError:
-        file = TextFile(Path(text))  # an @ in the name itself
+        file = TextFile(Path(text))
+    if file.path.is_dir():
+        raise UsageError(f"--text {file.path}: is a folder; name its files, each with --text")
     if not file.path.is_file():
         raise UsageError(f"--text {file.path}: no such file")
     return file

@@ -16,13 +16,14 @@ import torch
 from hybrid_kernels.activation import Activation
 from hybrid_runtime.checkpoints.checkpoint import Checkpoint
 from hybrid_runtime.config import ModelConfig
-from hybrid_runtime.errors import BudgetError, UsageError
+from hybrid_runtime.errors import BudgetError, CheckpointError, UsageError
 from hybrid_runtime.machine import cpu_name
 from hybrid_runtime.sizes import format_bytes
 from hybrid_runtime.text.tokenizer import Tokenizer
 from hybrid_tools.training.corpus import INDEX_FILE, Corpus, open_corpus, write_corpus
 from hybrid_tools.training.documents import refuse_empty
 from hybrid_tools.training.initial import with_activation, without_predictor
+from hybrid_tools.training.json_files import read_json, write_json
 from hybrid_tools.training.network import refuse_untrainable
 from hybrid_tools.training.published import published_config
 from hybrid_tools.training.recipe import Recipe
@@ -88,7 +89,7 @@ def prepare_tokenizer(request: RunRequest, display: Display) -> Tokenizer:
     existing = _existing_tokenizer(request)
     made_from = _tokenizer_origin(request, existing)
     if folder.is_dir():
-        found = json.loads((folder / MADE_FROM).read_text())
+        found = read_json(folder / MADE_FROM, (), folder)
         if found != made_from:
             raise UsageError(f"{folder}: was made from {found}, asked for {made_from}; name another folder")
         return read_vocabulary(folder)
@@ -100,7 +101,7 @@ def prepare_tokenizer(request: RunRequest, display: Display) -> Tokenizer:
         display.say(f"training a vocabulary of {request.vocab_size} pieces")
         train_vocabulary(request.files, request.held_out, request.vocab_size, temporary)
     read_vocabulary(temporary)
-    (temporary / MADE_FROM).write_text(json.dumps(made_from, indent=1) + "\n")
+    write_json(temporary / MADE_FROM, made_from)
     temporary.rename(folder)
     return read_vocabulary(folder)
 
@@ -154,12 +155,12 @@ def begin(request: RunRequest, recipe: Recipe) -> Begun:
     path = request.folder / RECIPE_FILE
     if not path.is_file():
         begun = Begun(json.loads(json.dumps(recipe.to_json())), _machine(request), request.command)
-        temporary = path.with_name(path.name + ".tmp")
-        values = {"recipe": begun.recipe, "machine": begun.machine, "command": begun.command}
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
-        temporary.rename(path)
+        write_json(path, {"recipe": begun.recipe, "machine": begun.machine, "command": begun.command})
         return begun
-    begun = Begun(**json.loads(path.read_text()))
+    found = read_json(path, ("recipe", "machine", "command"))
+    if not isinstance(found["recipe"], dict):
+        raise CheckpointError(f"{path}: its recipe is {found['recipe']!r}, expected an object; remove the file")
+    begun = Begun(found["recipe"], str(found["machine"]), str(found["command"]))
     differences = recipe.differences(begun.recipe)
     if differences:
         raise UsageError(

@@ -10,7 +10,6 @@ The folder reads as the published models read, so nothing after it knows that th
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ import torch
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import UsageError
 from hybrid_tools.training.checkpoint import write_tensors
+from hybrid_tools.training.json_files import write_json
 from hybrid_tools.training.vocabulary import TOKENIZER_FILES
 
 WEIGHTS_FILE = "model.safetensors"
@@ -57,8 +57,8 @@ def write_model(
     values = published_config(config, dtype)
     (folder / "config.json").unlink(missing_ok=True)  # a folder without one is not whole
     write_tensors(folder / WEIGHTS_FILE, published, {"format": "pt"})
-    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=1) + "\n")
-    (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+    write_json(folder / NOTES_FILE, notes)
+    write_json(folder / "config.json", values)
 
 
 def published_name(canonical: str) -> str:

@@ -44,10 +44,25 @@ class Shape:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        """Raise UsageError for heads that do not divide the hidden size."""
-        if self.num_attention_heads < 1 or self.hidden_size % (2 * self.num_attention_heads):
+        """Raise UsageError naming the option that makes no sense."""
+        for name, flag in _COUNTS.items():
+            if getattr(self, name) < 1:
+                raise UsageError(f"{flag} {getattr(self, name)}: expected at least 1")
+        if self.num_experts < 0:
+            raise UsageError(f"--experts {self.num_experts}: expected 0 (dense) or more")
+        if not 0 < self.rope_theta < math.inf:
+            raise UsageError(f"--rope-theta {self.rope_theta}: expected a number above 0")
+        if self.hidden_size % (2 * self.num_attention_heads):
             raise UsageError(
                 f"--hidden-size {self.hidden_size} is not an even multiple of --heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UsageError(
+                f"--heads {self.num_attention_heads} is not a multiple of --kv-heads {self.num_key_value_heads}"
+            )
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise UsageError(
+                f"--experts-per-token {self.num_experts_per_tok}: expected 1 to {self.num_experts}, which is --experts"
             )
 
     def config(self, activation: Activation, vocab_size: int, bos_id: int | None, eos_id: int) -> ModelConfig:
@@ -156,11 +171,19 @@ def activation_of(name: FfnActivation, threshold: float) -> Activation:
     """Raise UsageError for a threshold that the activation does not have."""
     if name != "fatrelu" and threshold:
         raise UsageError(f"--fatrelu-threshold {threshold}: --activation {name} has no threshold")
-    if name == "fatrelu" and not threshold > 0:
+    if name == "fatrelu" and not 0 < threshold < math.inf:
         raise UsageError("--activation fatrelu needs --fatrelu-threshold above 0, for example 0.01")
     return Activation(KINDS[name], threshold)
 
 
+_COUNTS = {
+    "hidden_size": "--hidden-size",
+    "intermediate_size": "--intermediate-size",
+    "num_hidden_layers": "--layers",
+    "num_attention_heads": "--heads",
+    "num_key_value_heads": "--kv-heads",
+    "max_position_embeddings": "--context",
+}
 _FLAGS = {"total_tokens": "tokens", "learning_rate": "lr", "final_learning_rate": "final-lr"}
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("total_tokens", "batch_tokens", "seq_len", "micro_batch"), lambda value: value >= 1, "at least 1"),

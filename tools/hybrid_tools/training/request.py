@@ -17,8 +17,9 @@ from hybrid_tools.training.trainer import StepResult
 class RunRequest:
     """What the user asked for. activation None: the source's own; source None: a new model of `shape`.
 
-    tokenizer None: the source's, or one trained with vocab_size pieces. save_every, test_every: in steps. exports:
-    whether to write the model as of the newest checkpoint instead of training on. command: what was typed.
+    tokenizer None: the source's, or one trained with vocab_size pieces. round_to: the kind of store on whose levels the
+    model's weights shall lie. save_every, test_every: in steps. exports: whether to write the model as of the newest
+    checkpoint instead of training on. command: what was typed.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class RunRequest:
     num_threads: int
     device: str
     save_dtype: str
+    round_to: str | None
     save_every: int
     test_every: int
     exports: bool

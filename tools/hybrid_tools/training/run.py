@@ -12,7 +12,6 @@ curves.png     loss and sparsity over the run, where matplotlib is installed
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import signal
 import threading
@@ -26,12 +25,14 @@ from types import FrameType
 import filelock
 import torch
 
-from hybrid_runtime.errors import BudgetError, NumericsError, UsageError
+from hybrid_kernels.quantization.row_format import RowFormat
+from hybrid_runtime.errors import BudgetError, CheckpointError, NumericsError, UsageError
 from hybrid_runtime.store.convert import DISK_IS_FULL
 from hybrid_tools.training.checkpoint import list_states, load_state
 from hybrid_tools.training.corpus import Batches, Corpus
 from hybrid_tools.training.held_out import HeldOut, mean_losses, read_held_out
 from hybrid_tools.training.initial import checkpoint_weights, random_weights
+from hybrid_tools.training.json_files import read_json
 from hybrid_tools.training.pictures import draw_run
 from hybrid_tools.training.preparation import (
     Begun,
@@ -46,6 +47,7 @@ from hybrid_tools.training.preparation import (
 )
 from hybrid_tools.training.published import NOTES_FILE, write_model
 from hybrid_tools.training.request import Display, RunRequest
+from hybrid_tools.training.rounding import rounded_weights
 from hybrid_tools.training.run_log import LOG_FILE, RunLog, training_seconds
 from hybrid_tools.training.trainer import Trainer
 
@@ -53,6 +55,7 @@ MODEL_FOLDER = "model"
 LARGEST_LOSS = 100.0  # nats a token; a model that knows nothing has the logarithm of its vocabulary, about 10
 PICTURE = "curves.png"
 TEST_SEQUENCES = 16  # of each file, while training; all of them at the end
+ROUNDED = RowFormat("q8", 32)  # what hybrid-convert makes unless it is told otherwise
 SAVE_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
@@ -139,9 +142,17 @@ def _is_finished(request: RunRequest, trainer: Trainer, begun: Begun) -> bool:
     path = request.folder / MODEL_FOLDER / NOTES_FILE
     if not (path.is_file() and (path.parent / "config.json").is_file()):  # config.json is written last
         return False
-    notes = json.loads(path.read_text())
-    made = (notes["recipe"], notes["num_steps_done"], notes["save_dtype"])
-    return made == (begun.recipe, trainer.num_steps_done, request.save_dtype)
+    asked = {
+        "recipe": begun.recipe,
+        "num_steps_done": trainer.num_steps_done,
+        "save_dtype": request.save_dtype,
+        "rounded_to": request.round_to,
+    }
+    try:
+        notes = read_json(path, tuple(asked))
+    except CheckpointError:
+        return False  # written by nobody we know, or cut short: written again
+    return all(notes[key] == value for key, value in asked.items())
 
 
 def _finish(
@@ -149,12 +160,15 @@ def _finish(
 ) -> None:
     """Test the weights as they are written on everything that was held out; write the model and the picture."""
     dtype = SAVE_DTYPES[request.save_dtype]
-    weights = {name: weight.detach().to(dtype) for name, weight in trainer.weights.items()}
+    if request.round_to is None:
+        weights = {name: weight.detach().to(dtype) for name, weight in trainer.weights.items()}
+    else:
+        weights = rounded_weights(trainer.config, trainer.weights, ROUNDED, dtype)
     losses = mean_losses(trainer.config, {name: weight.float() for name, weight in weights.items()}, held_out)
     if not all(math.isfinite(loss) and loss < LARGEST_LOSS for loss in losses.values()):
         raise NumericsError(
             f"{request.folder}: the run has diverged, its loss on held-out text is {losses['all']}; no model was "
-            "written: begin a new run with a smaller --lr"
+            "written: begin a new run with a smaller --lr, or remove the newest checkpoint and --export the one before"
         )
     notes = {
         "made_by": "hybrid-train",
@@ -165,6 +179,7 @@ def _finish(
         "tokens_seen": trainer.num_steps_done * request.optimisation.batch_tokens,
         "training_seconds": round(training_seconds(request.folder / LOG_FILE, trainer.num_steps_done), 1),
         "save_dtype": request.save_dtype,
+        "rounded_to": request.round_to,
         "held_out_tokens": held_out.num_tokens,
         "held_out_losses": losses,
         "text": [asdict(file) for file in corpus.index.files],
