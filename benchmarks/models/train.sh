@@ -22,6 +22,7 @@ for part in 00 01 02 03 04 05; do
 done
 # shellcheck disable=SC2086  # options are words
 hybrid-train "$@" --vocab-size 4096 --experts 4 --seq-len 512 --context 512 --tokens 6M --threads 1 --save-every 25 \
+    --round-to q8 \
     $own -o "$runs/$name"
 mkdir -p "$here/$name"
 cp "$runs/$name/model"/* "$here/$name/"

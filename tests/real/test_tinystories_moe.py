@@ -29,13 +29,13 @@ from hybrid_tools.training.sparsity import count_firing, losses_when_kept
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 TWIN = "tinystories-moe-swiglu"
-SPARSE = (DEFAULT_MODEL,)
+SPARSE = (DEFAULT_MODEL, f"{DEFAULT_MODEL}-seed2")
 LARGEST_BYTES = 25_000_000
 TEXTS = ("text/tinystories_train_2MB.txt", "train/tinystories_v2_00.txt.gz", "train/storybooks_ccby_00.txt.gz")
 HELD_OUT_SHARE = 0.02
 WINDOW, NUM_WINDOWS = 512, 24
 NUM_STORIES = 8
-CLOSE = 0.15  # of logits whose standard deviation is about 3
+NUM_GREEDY = 64  # tokens
 PROMPTS = (
     "Once upon a time, there was a little",
     "One day, a boy named Tim went to the",
@@ -155,25 +155,16 @@ def test_shipped_store_is_the_published_folder_in_q8(stores):
     assert made.manifest.config == shipped.manifest.config
 
 
-def test_greedy_text_of_q8_leaves_that_of_f32_only_where_two_tokens_nearly_tie(stores, tmp_path):
-    engines = {
-        kind: Engine.load(ModelRequest(str(stores[kind])), LoadOptions(num_positions=256, cache_dir=tmp_path))
-        for kind in ("f32", "q8")
-    }
-    params = SamplingParams(temperature=0, max_tokens=64)
-    num_same = 0
-    for prompt in PROMPTS:
-        exact, rounded = (
-            engine.encode(prompt + "".join(engine.generate(prompt, params))) for engine in engines.values()
-        )
-        parted = [idx for idx, (one, other) in enumerate(zip(exact, rounded, strict=False)) if one != other]
-        if not parted:
-            num_same += 1
-            continue
-        logits = engines["f32"].logits(exact[: parted[0]]).flatten()
-        assert logits[exact[parted[0]]] - logits[rounded[parted[0]]] < CLOSE, prompt
-    print(f"{num_same} of {len(PROMPTS)} texts are the same")
-    assert num_same >= 5
+def test_greedy_text_of_q8_is_that_of_f32_for_8_of_10_prompts(stores, tmp_path):
+    """What is left is the vectors' rounding to int8: it decides where two tokens, or two experts, nearly tie."""
+    params = SamplingParams(temperature=0, max_tokens=NUM_GREEDY)
+    texts = []
+    for kind in ("f32", "q8"):
+        engine = Engine.load(ModelRequest(str(stores[kind])), LoadOptions(num_positions=256, cache_dir=tmp_path))
+        texts.append(["".join(engine.generate(prompt, params)) for prompt in PROMPTS])
+    assert min(len(text) for text in texts[0]) > 2 * NUM_GREEDY  # of characters: no story ended early
+    same = [exact == rounded for exact, rounded in zip(*texts, strict=True)]
+    assert sum(same) >= 8, same
 
 
 @pytest.mark.parametrize("source", ["published", "shipped"])

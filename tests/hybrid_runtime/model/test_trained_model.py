@@ -18,7 +18,7 @@ STORY = (
 )
 
 
-@pytest.mark.parametrize("name", ["tinystories-moe"])
+@pytest.mark.parametrize("name", ["tinystories-moe", "tinystories-moe-seed2"])
 def test_trained_sparse_mixture_gives_the_oracles_logits(name, tmp_path):
     tokens = torch.tensor(load_tokenizer(MODELS / name).encode(STORY)[: PROMPT + STEPS])
     assert len(tokens) == PROMPT + STEPS
