@@ -6,7 +6,10 @@ import torch
 
 from hybrid_tools.training.initial import random_weights
 from hybrid_tools.training.recipe import Optimisation, Shape, activation_of
+from hybrid_tools.training.run_log import read_log
 from hybrid_tools.training.trainer import HiddenSums, Trainer
+
+from .tiny_runs import SIZES, train
 
 VOCABULARY = 50
 
@@ -84,3 +87,17 @@ def test_sums_over_hidden_vectors_are_means_over_their_rows():
     assert sums.zero_share == 0.5
     assert float(sums.mean_norm) == 2.0
     assert HiddenSums(keeps_norms=False).mean_norm is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_gpu_trains_as_the_cpu_does(dtype, text, tmp_path):
+    """Losses agree to what the order of sums (f32) or the numbers (bf16) explain."""
+    options = ("--activation=drelu", "--l1=0.01", "--save-every=5", f"--dtype={dtype}")
+    on_gpu = [each for each in SIZES if each != "--device=cpu"]
+    assert train(text, tmp_path / "cpu", *options) == 0
+    assert train(text, tmp_path / "gpu", *options, "--device=cuda", sizes=on_gpu) == 0
+    losses = [
+        [line["loss"] for line in read_log(tmp_path / run / "log.jsonl") if "loss" in line] for run in ("cpu", "gpu")
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3 if dtype == "f32" else 0.05)
