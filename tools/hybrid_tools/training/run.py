@@ -182,7 +182,9 @@ def _finish(
         "rounded_to": request.round_to,
         "held_out_tokens": held_out.num_tokens,
         "held_out_losses": losses,
-        "text": [asdict(file) for file in corpus.index.files],
+        "text": [
+            {key: value for key, value in asdict(file).items() if key != "modified_ns"} for file in corpus.index.files
+        ],
         "recipe": begun.recipe,
     }
     write_model(request.folder / MODEL_FOLDER, trainer.config, weights, request.folder / "tokenizer", notes)
