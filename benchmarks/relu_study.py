@@ -1,4 +1,4 @@
-"""What dReLU does to a small mixture of experts: one model, trained five ways on the same tokens, measured alike.
+"""What dReLU does to a small mixture of experts: one model, trained six ways on the same tokens, measured alike.
 
     python benchmarks/relu_study.py train --text FILE[@WEIGHT] ... --runs DIR       train what is missing, in turn
     python benchmarks/relu_study.py report --runs DIR -o docs/sparsity-study.json --pictures docs/pictures
