@@ -1,6 +1,6 @@
 """What dReLU does to a small mixture of experts: one model, trained six ways on the same tokens, measured alike.
 
-    python benchmarks/relu_study.py train --text FILE[@WEIGHT] ... --runs DIR       train what is missing, in turn
+    python benchmarks/relu_study.py train --runs DIR                                train what is missing, in turn
     python benchmarks/relu_study.py report --runs DIR -o docs/sparsity-study.json --pictures docs/pictures
     python benchmarks/relu_study.py report --run NAME=RUN ... -o FILE               any other runs of hybrid-train
 
@@ -41,6 +41,13 @@ RUNS = {
     "swiglu-more": ("--from", "{runs}/swiglu/model", *MORE),
     "relufied": ("--from", "{runs}/swiglu/model", "--relufy", "drelu", *MORE),
 }
+DATA = Path(__file__).parents[2] / "shared" / "data"
+TEXTS = (  # and weights, as benchmarks/models/train.sh has them
+    f"{DATA / 'text/tinystories_train_2MB.txt'}@4",
+    f"{DATA / 'train/tinystories_v2_00.txt.gz'}@4",
+    f"{DATA / 'train/storybooks_ccby_00.txt.gz'}@2",
+    *(f"{DATA / f'train/classics_pd_{part:02d}.txt.gz'}@0.25" for part in range(6)),
+)
 KEPT = (1.0, 0.5, 0.2, 0.1, 0.05)
 MOST_SEQUENCES = 48  # of each file: every document weighs the same for every model
 
@@ -51,7 +58,7 @@ def command() -> None:
 
 
 @command.command(name="train")
-@click.option("--text", "texts", multiple=True, required=True)
+@click.option("--text", "texts", multiple=True, default=TEXTS, metavar="FILE[@WEIGHT]")
 @click.option("--runs", type=click.Path(path_type=Path), required=True)
 @click.option("--threads", default=1, show_default=True)
 @click.argument("names", nargs=-1)
@@ -100,7 +107,8 @@ def measure(run: Path, sequences: int) -> tuple[Firing, dict[str, Any]]:
     checkpoint = open_checkpoint(run / "model")
     config = checkpoint.config
     weights = checkpoint_weights(checkpoint, config)
-    recipe = json.loads((run / "run.json").read_text())["recipe"]
+    notes = json.loads((run / "model" / "training.json").read_text())
+    recipe = notes["recipe"]
     tokenizer = load_tokenizer(run / "tokenizer")
     held_out = read_held_out(run / "corpus", tokenizer, recipe["optimisation"]["seq_len"], sequences)
     with torch.inference_mode():
@@ -111,6 +119,7 @@ def measure(run: Path, sequences: int) -> tuple[Firing, dict[str, Any]]:
         "activation": config.activation.kind,
         "parameters": sum(weight.numel() for weight in weights.values()),
         "active_parameters": active_parameters(config, weights),
+        "training_seconds": notes["training_seconds"],
         "tokens": recipe["optimisation"]["total_tokens"],
         "continues": recipe["source"] != "",
         "held_out_tokens": held_out.num_tokens,
@@ -139,16 +148,17 @@ def active_parameters(config: ModelConfig, weights: dict[str, torch.Tensor]) -> 
 def print_tables(numbers: dict[str, dict[str, Any]]) -> None:
     """Perplexity and zeros; what is left when neurons are dropped; by layer."""
     print(
-        "\n| model | tokens | held-out perplexity | exact zeros |"
+        "\n| model | tokens | minutes | held-out perplexity | exact zeros |"
         + "".join(f" top {share:.0%} |" for share in KEPT[1:])
     )
-    print("|---|---|---|---|" + "---|" * len(KEPT[1:]))
+    print("|---|---|---|---|---|" + "---|" * len(KEPT[1:]))
     for name, row in numbers.items():
         kept = row["perplexity_when_kept"]
         cells = "".join(f" {kept[f'{share:g}']:.2f} |" for share in KEPT[1:])
         tokens, perplexity, zeros = row["tokens"] / 1e6, row["perplexity"]["all"], 100 * row["zeros"]
         more = "+" if row["continues"] else ""
-        print(f"| {name} | {more}{tokens:g}M | {perplexity:.2f} | {zeros:.1f} % |{cells}")
+        minutes = row["training_seconds"] / 60
+        print(f"| {name} | {more}{tokens:g}M | {minutes:.1f} | {perplexity:.2f} | {zeros:.1f} % |{cells}")
     print("\n| model | zeros by layer, % (experts) | neurons that make 80 % of the firings, % | never fired, % |")
     print("|---|---|---|---|")
     for name, row in numbers.items():

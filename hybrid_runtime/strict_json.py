@@ -20,9 +20,14 @@ MAX_SHOWN_CHARS = 80
 
 
 def parse_json_object(
-    text: bytes, where: str, error: type[HybridError] = CheckpointError, *, max_values: int = MAX_VALUES
+    text: bytes,
+    where: str,
+    error: type[HybridError] = CheckpointError,
+    *,
+    max_values: int = MAX_VALUES,
+    remedy: str = "fetch it again",
 ) -> dict[str, object]:
-    """The object that `text` holds, or `error`; `where` opens every message, as `/path/file: header`."""
+    """The object that `text` holds, or `error`; `where` opens messages (`/path/file: header`), remedy ends them."""
     num_values = sum(text.count(mark) for mark in (b"[", b"{", b","))
     if num_values > max_values:
         raise error(f"{where} holds {num_values} JSON values, expected at most {max_values}; not such a file")
@@ -31,13 +36,13 @@ def parse_json_object(
             text.decode("utf-8"), object_pairs_hook=_without_duplicates(where, error), parse_constant=_refuse_constant
         )
     except UnicodeDecodeError as cause:
-        raise error(f"{where} is not UTF-8 at byte {cause.start}; the file is damaged: fetch it again") from cause
+        raise error(f"{where} is not UTF-8 at byte {cause.start}; the file is damaged: {remedy}") from cause
     except ValueError as cause:
-        raise error(f"{where} is not JSON: {cause}; the file is damaged: fetch it again") from cause
+        raise error(f"{where} is not JSON: {cause}; the file is damaged: {remedy}") from cause
     except RecursionError as cause:
         raise error(f"{where} is nested too deeply to be read; not such a file") from cause
     if not isinstance(parsed, dict):
-        raise error(f"{where} is a JSON {type(parsed).__name__}, expected an object; fetch the file again")
+        raise error(f"{where} is a JSON {type(parsed).__name__}, expected an object; {remedy}")
     return parsed
 
 

@@ -107,17 +107,6 @@ def link_blob(cache: RepoCache, digest: str, commit: str, name: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can (Windows cannot open a folder)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _shows(entry: Path, blob: Path) -> bool:
     """Whether a snapshot's entry is this blob, or (where links are impossible) a whole file of its size."""
     if not entry.exists():

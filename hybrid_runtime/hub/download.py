@@ -17,13 +17,14 @@ from pathlib import Path
 
 from hybrid_runtime import __version__
 from hybrid_runtime.errors import BudgetError, DownloadError, UsageError
-from hybrid_runtime.hub.cache import RepoCache, find_snapshot, link_blob, sync_folder, write_ref
+from hybrid_runtime.hub.cache import RepoCache, find_snapshot, link_blob, write_ref
 from hybrid_runtime.hub.listing import HubUnreachableError, Listing, RemoteFile, RetryPolicy, fetch_listing
 from hybrid_runtime.hub.names import check_revision, is_commit, is_repo_id, is_safe_file, printable
 from hybrid_runtime.hub.selection import select_files
 from hybrid_runtime.hub.transfer import Source, fetch_blob, incomplete_path
 from hybrid_runtime.progress import NoProgress, Progress
 from hybrid_runtime.sizes import format_decimal_bytes
+from hybrid_runtime.whole_files import sync_folder
 
 DEFAULT_RETRY = RetryPolicy()
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})

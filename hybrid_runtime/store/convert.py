@@ -29,11 +29,11 @@ from hybrid_runtime.store.layout import Part, Quantization, lay_out
 from hybrid_runtime.store.manifest import DATA_PREFIX, FORMAT_VERSION, MANIFEST, Manifest, read_manifest
 from hybrid_runtime.store.reader import Store, open_store
 from hybrid_runtime.store.weight_source import WeightSource
+from hybrid_runtime.whole_files import TEMPORARY, sync_folder, write_whole
 
 JOURNAL = "journal.jsonl"
 LOCK = ".lock"
 TOKENIZER = "tokenizer"
-TEMPORARY = ".tmp"  # ends every name that a kill may leave behind and the next run removes
 SPARE_BYTES = 32 << 20  # tokenizer, manifest, journal and the file system's own blocks
 
 SaveTokenizer = Callable[[Path], None]
@@ -119,8 +119,8 @@ def _write_store(conversion: Conversion, progress: Progress) -> None:
     finished = _finished_parts(conversion, data)
     data.mkdir(exist_ok=True)
     (data / JOURNAL).touch()
-    _sync_folder(data)
-    _sync_folder(conversion.destination)
+    sync_folder(data)
+    sync_folder(conversion.destination)
     try:
         _write_parts(conversion, data, finished, progress)
         _write_tokenizer(conversion, data)
@@ -164,7 +164,7 @@ def _write_part(source: WeightSource, path: Path, part: Part, progress: Progress
     found = temporary.stat().st_size
     assert found == part.num_bytes, f"{temporary} has {found} bytes, planned {part.num_bytes}"
     temporary.rename(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return digest.hexdigest()
 
 
@@ -185,11 +185,11 @@ def _write_tokenizer(conversion: Conversion, data: Path) -> None:
     conversion.save_tokenizer(temporary)
     for path in temporary.iterdir():
         _sync_file(path)
-    _sync_folder(temporary)
+    sync_folder(temporary)
     if (data / TOKENIZER).exists():
         (data / TOKENIZER).rename(data / f"{TOKENIZER}-old{TEMPORARY}")
     temporary.rename(data / TOKENIZER)
-    _sync_folder(data)
+    sync_folder(data)
 
 
 def _write_manifest(conversion: Conversion, data: Path, digests: dict[str, str]) -> None:
@@ -205,11 +205,7 @@ def _write_manifest(conversion: Conversion, data: Path, digests: dict[str, str])
         sha256={part.file: digests[part.file] for part in conversion.parts},
         source=source.fingerprint(),
     )
-    temporary = conversion.destination / (MANIFEST + TEMPORARY)
-    temporary.write_text(manifest.to_json())
-    _sync_file(temporary)
-    temporary.replace(conversion.destination / MANIFEST)
-    _sync_folder(conversion.destination)
+    write_whole(conversion.destination / MANIFEST, manifest.to_json().encode())
 
 
 def _is_done(conversion: Conversion) -> bool:
@@ -345,11 +341,3 @@ def _cannot_write(destination: Path, error: OSError) -> HybridError:
 def _sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,10 +7,10 @@ spreads the same facts over (tokenizer_config.json, added_tokens.json, generatio
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+
+from hybrid_runtime.whole_files import write_whole
 
 SETTINGS_FILE = "hybrid_tokenizer.json"
 FORMAT_VERSION = 1
@@ -20,20 +20,6 @@ def write_saved_tokenizer(folder: Path, files: Mapping[str, bytes], settings: Ma
     """Write the vocabulary's files, then the settings that make them a saved tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        _write_atomically(folder / name, data)
+        write_whole(folder / name, data)
     content = {"format": "hybrid-tokenizer", "version": FORMAT_VERSION, **settings}
-    _write_atomically(folder / SETTINGS_FILE, json.dumps(content, ensure_ascii=False, indent=1).encode())
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp makes files that only their owner can read
-        Path(temporary).replace(path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(folder / SETTINGS_FILE, json.dumps(content, ensure_ascii=False, indent=1).encode())

@@ -160,20 +160,32 @@ def _refuse_contradictions(options: dict[str, Any], typed: set[str | None]) -> N
     if not 0 <= options["held_out"] < 1:
         raise UsageError(f"--held-out {options['held_out']}: expected a share from 0 to below 1")
     if options["source"] is None:
-        if options["relufy"]:
-            raise UsageError(f"--relufy {options['relufy']}: needs --from, the checkpoint whose activation is replaced")
-        if not options["experts"] and "experts_per_token" in typed:
-            raise UsageError("--experts-per-token: a dense model has no experts; give --experts too")
+        _refuse_for_new_model(options, typed)
     else:
-        if options["activation"]:
-            raise UsageError("--activation is of a new model; say --relufy to replace the activation of --from")
-        for name in SHAPE_OPTIONS:
-            if name in typed:
-                raise UsageError(f"--{name.replace('_', '-')} is of a new model; --from has its own")
-        if options["fatrelu_threshold"] and not options["relufy"]:
-            raise UsageError("--fatrelu-threshold: needs --relufy fatrelu")
+        _refuse_beside_source(options, typed)
+    for name in ("l1_start", "l1_end"):
+        if name in typed and not options["l1"]:
+            raise UsageError(f"--{name.replace('_', '-')}: there is no penalty; give --l1 too")
     if options["tokenizer"] is not None and "vocab_size" in typed:
         raise UsageError("--vocab-size: the vocabulary of --tokenizer has its own size")
+
+
+def _refuse_for_new_model(options: dict[str, Any], typed: set[str | None]) -> None:
+    if options["relufy"]:
+        raise UsageError(f"--relufy {options['relufy']}: needs --from, the checkpoint whose activation is replaced")
+    for name in ("experts_per_token", "balance"):
+        if name in typed and not options["experts"]:
+            raise UsageError(f"--{name.replace('_', '-')}: a dense model has no experts; give --experts too")
+
+
+def _refuse_beside_source(options: dict[str, Any], typed: set[str | None]) -> None:
+    if options["activation"]:
+        raise UsageError("--activation is of a new model; say --relufy to replace the activation of --from")
+    for name in SHAPE_OPTIONS:
+        if name in typed:
+            raise UsageError(f"--{name.replace('_', '-')} is of a new model; --from has its own")
+    if options["fatrelu_threshold"] and not options["relufy"]:
+        raise UsageError("--fatrelu-threshold: needs --relufy fatrelu")
 
 
 def _request(options: dict[str, Any], command_line: str) -> RunRequest:

@@ -11,8 +11,10 @@ import shutil
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from fork_server import ForkServer
 
 from hybrid_runtime.demo import make_demo
 from hybrid_runtime.errors import IncompleteStore, StoreError, UsageError
@@ -20,7 +22,6 @@ from hybrid_runtime.progress import NoProgress
 from hybrid_runtime.store.reader import open_store
 from hybrid_runtime.stores import ModelRequest, convert_model
 
-from .convert_server import ConvertServer
 from .synthetic import write_llama
 
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "head_dim": 64, "vocab_size": 2000}
@@ -40,7 +41,7 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = ConvertServer(tmp_path_factory.mktemp("server"))
+    server = ForkServer(Path(__file__).with_name("convert_server.py"), tmp_path_factory.mktemp("server"))
     yield server
     server.close()
 
@@ -147,8 +148,8 @@ def convert_with_kills(server, argv, folder, whole, by_data, rng, look=lambda: N
         num_hits += was_alive and (data / "journal.jsonl").is_file()
         assert finished.items() <= journaled_parts(data).items() or not (data / "journal.jsonl").exists()
     finished = journaled_parts(data)
-    assert server.run(*argv) == 0, server.stderr.read_text()
-    assert ("resuming" in server.stderr.read_text()) == (0 < len(finished) < 10)
+    assert server.run(*argv) == 0, server.output.read_text()
+    assert ("resuming" in server.output.read_text()) == (0 < len(finished) < 10)
     for name, (inode, mtime_ns) in finished.items():
         status = (data / name).stat()
         assert (status.st_ino, status.st_mtime_ns) == (inode, mtime_ns), f"{name} was written again"
@@ -203,7 +204,7 @@ def test_killed_before_each_change_to_the_disk_it_resumes_to_the_same_bytes(serv
         code = server.run(*argv, fault={"folder": str(folder), "kind": "kill", "at": at})
         assert require_right_or_incomplete(folder, by_data) or older is None
         finished = journaled_parts(folder / whole.data)
-        assert server.run(*argv, fault=never(folder)) == 0, server.stderr.read_text()
+        assert server.run(*argv, fault=never(folder)) == 0, server.output.read_text()
         assert digests(folder) == whole.files, f"after a kill before change {at}"
         statuses = {name: (folder / whole.data / name).stat() for name in finished}
         assert finished == {name: (status.st_ino, status.st_mtime_ns) for name, status in statuses.items()}
@@ -221,14 +222,14 @@ def test_disk_full_before_each_change_is_one_line_and_a_rerun_ends_the_same(serv
         folder = prepared(server, tiny, tmp_path / f"store-{at}", "bf16")
         argv = (tiny, "-o", folder, "--quant", "f32")
         codes.append(server.run(*argv, fault={"folder": str(folder), "kind": "full", "at": at}))
-        log = server.stderr.read_text()
+        log = server.output.read_text()
         assert "Traceback" not in log
         assert not list(folder.rglob("*.tmp"))
         if codes[-1] != 0:
             assert codes[-1] == 2
             assert f"cannot be written: {os.strerror(errno.ENOSPC)}; free some disk" in log.splitlines()[-1]
         assert require_right_or_incomplete(folder, by_data)
-        assert server.run(*argv, fault=never(folder)) == 0, server.stderr.read_text()
+        assert server.run(*argv, fault=never(folder)) == 0, server.output.read_text()
         assert digests(folder) == whole.files, f"after a full disk before change {at}"
         shutil.rmtree(folder)
     assert codes.count(2) > 35
@@ -249,7 +250,7 @@ def test_a_second_converter_is_refused_and_a_killed_one_leaves_no_lock(server, m
     argv = (model, "-o", folder, "--quant", "f32")
     running = server.start(*argv)
     while not list(folder.glob("data-*/*.tmp")):
-        assert running.is_alive, server.stderr.read_text()
+        assert running.is_alive, server.output.read_text()
     running.stop()
     assert not (folder / "store.json").exists()
     request = ModelRequest(str(model), "f32")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from hybrid_runtime.errors import TokenizerError, UsageError
+from hybrid_runtime.errors import CheckpointError, TokenizerError, UsageError
 from hybrid_tools.training.corpus import Batches, document_ids, open_corpus, write_corpus
 from hybrid_tools.training.documents import TextFile, is_held_out, read_documents
 from hybrid_tools.training.held_out import read_held_out
@@ -137,7 +137,7 @@ def test_tokens_file_of_another_length_is_refused(files, tokenizer, tmp_path):
     write_corpus(files, HELD_OUT, tokenizer, tmp_path)
     with (tmp_path / "tokens.bin").open("ab") as file:
         file.write(b"\0\0\0\0")
-    with pytest.raises(UsageError, match="its index says"):
+    with pytest.raises(CheckpointError, match="its index says"):
         open_corpus(tmp_path)
 
 

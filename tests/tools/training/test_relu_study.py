@@ -38,7 +38,7 @@ def test_report_measures_runs_alike_and_prints_what_it_writes(study, finished_sw
         kept = row["perplexity_when_kept"]
         assert kept["1"] == pytest.approx(row["perplexity"]["all"], rel=1e-5)
         assert kept["0.05"] != kept["1"]
-        assert re.search(rf"\| {name} \| [0-9.]+M \| {row['perplexity']['all']:.2f} \|", result.output)
+        assert re.search(rf"\| {name} \| [0-9.]+M \| 0\.[0-9] \| {row['perplexity']['all']:.2f} \|", result.output)
         assert [sum(shares) for shares in row["expert_shares"]] == pytest.approx([1, 1])
     assert numbers["swiglu"]["zeros"] == 0
     assert numbers["swiglu"]["parameters"] == numbers["drelu"]["parameters"]

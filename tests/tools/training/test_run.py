@@ -223,7 +223,7 @@ def test_predictors_of_the_source_are_left_behind(text, tmp_path):
         (("--lr=-1",), "--lr -1.0: expected a number above 0"),
         (("--lr=nan",), "--lr nan: expected a number above 0"),
         (("--warmup=2",), "--warmup 2.0: expected a share from 0 to 1"),
-        (("--l1-start=0.5", "--l1-end=0.2"), "--l1-start 0.5 is after --l1-end 0.2"),
+        (("--l1=0.1", "--l1-start=0.5", "--l1-end=0.2"), "--l1-start 0.5 is after --l1-end 0.2"),
         (("--activation=fatrelu",), "needs --fatrelu-threshold above 0"),
         (("--activation=relu", "--fatrelu-threshold=0.1"), "--activation relu has no threshold"),
         (("--hidden-size=30",), "--hidden-size 30 is not an even multiple of --heads 4"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from hybrid_tools.training import run as run_module
 from hybrid_tools.training.checkpoint import list_states, load_state
@@ -145,3 +148,99 @@ def test_half_a_checkpoint_that_a_kill_left_is_cleared_away(text, tmp_path):
         "step-00000002.safetensors",
         "step-00000003.safetensors",
     ]
+
+
+def test_finished_model_that_lost_a_file_is_written_again(text, tmp_path):
+    run = tmp_path / "run"
+    assert train(text, run, tokens=128) == 0
+    whole = {path.name: path.read_bytes() for path in (run / "model").iterdir()}
+    for name in whole:
+        (run / "model" / name).unlink()
+        assert train(text, run, tokens=128) == 0
+        assert {path.name: path.read_bytes() for path in (run / "model").iterdir()} == whole, name
+    weights = run / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert train(text, run, tokens=128) == 0
+    assert weights.read_bytes() == whole["model.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "no held-out"])
+def test_damaged_tokens_are_named_and_made_again(damage, text, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(text, run, "--save-every=1", tokens=2 * 128) == 0
+    tokens = run / "corpus" / "tokens.bin"
+    whole = tokens.read_bytes()
+    if damage == "missing":
+        tokens.unlink()
+    elif damage == "no held-out":
+        shutil.rmtree(run / "corpus" / "held_out")
+    else:
+        tokens.write_bytes(whole[:-2] if damage == "cut" else b"")
+    capsys.readouterr()
+    assert train(text, run, "--save-every=1", tokens=2 * 128) == 2
+    assert f"remove {run / 'corpus'}, and the same command makes it again" in capsys.readouterr().err
+    shutil.rmtree(run / "corpus")
+    assert train(text, run, "--save-every=1", tokens=2 * 128) == 0
+    assert tokens.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "line", [b"[]", b'{"a": 1}', b"\xff\xfe", b'{"step": 2'], ids=["list", "other", "bytes", "cut"]
+)
+def test_damaged_line_of_the_log_is_named_unless_a_kill_left_it_at_the_end(line, text, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(text, run, "--save-every=1", tokens=4 * 128) == 0
+    log, notes = run / "log.jsonl", run / "model" / "training.json"
+    whole, seconds = log.read_bytes(), json.loads(notes.read_text())["training_seconds"]
+    lines = whole.splitlines(keepends=True)
+    log.write_bytes(b"".join([*lines[:1], line + b"\n", *lines[1:]]))
+    notes.unlink()
+    capsys.readouterr()
+    assert train(text, run, "--save-every=1", tokens=4 * 128) == 2
+    assert f"{log}: line 2 is damaged" in capsys.readouterr().err
+    log.write_bytes(whole + line)
+    assert train(text, run, "--save-every=1", tokens=4 * 128) == 0
+    assert json.loads(notes.read_text())["training_seconds"] == seconds
+
+
+@pytest.mark.parametrize("part", ["weights", "exp_avg"])
+@pytest.mark.parametrize("damage", ["lacks", "shape", "more"])
+def test_checkpoint_of_other_tensors_is_named_and_the_one_before_goes_on(damage, part, text, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(text, run, "--save-every=1", tokens=2 * 128) == 0
+    path = list_states(run / "checkpoints")[-1][1]
+    whole, tensors = path.read_bytes(), load_file(path)
+    if damage == "lacks":
+        del tensors[f"{part}/norm"]
+    else:
+        tensors[f"{part}/norm" if damage == "shape" else f"{part}/other"] = torch.zeros(3)
+    save_file(tensors, path)
+    capsys.readouterr()
+    assert train(text, run, "--save-every=1", tokens=2 * 128) == 2
+    assert re.search(rf"{path}: {part}/(norm|other): found .*, expected .*; remove it", capsys.readouterr().err)
+    path.unlink()
+    assert train(text, run, "--save-every=1", tokens=2 * 128) == 0
+    assert path.read_bytes() == whole
+
+
+def test_training_json_has_the_command_that_wrote_the_model(text, tmp_path):
+    run = tmp_path / "run"
+    for options in ((), ("--round-to=q8",), ("--save-dtype=f32",)):
+        assert train(text, run, *options, tokens=128) == 0
+        command = shlex.split(json.loads((run / "model" / "training.json").read_text())["command"])
+        for option in ("--round-to", "--save-dtype"):
+            assert (option in command) == any(each.startswith(option) for each in options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (("--experts=0", "--balance=0.1"), "--balance: a dense model has no experts"),
+        (("--l1-start=0.2",), "--l1-start: there is no penalty; give --l1 too"),
+        (("--l1-end=0.9",), "--l1-end: there is no penalty; give --l1 too"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, match, text, tmp_path, capsys):
+    assert train(text, tmp_path / "run", *options, tokens=128) == 2
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

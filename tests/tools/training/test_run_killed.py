@@ -11,14 +11,15 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
+from fork_server import ForkServer
 
 from hybrid_tools.training.checkpoint import list_states, load_state
 from hybrid_tools.training.run_log import read_log
 
 from .tiny_runs import arguments, train
-from .train_server import TrainServer
 
 NUM_STEPS = 3  # the third checkpoint is the first that removes one
 OPTIONS = ("--activation=drelu", "--l1=0.01", "--save-every=1", "--test-every=2")
@@ -27,7 +28,7 @@ MODEL = ("model.safetensors", "config.json", "training.json", "tokenizer.model",
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = TrainServer(tmp_path_factory.mktemp("server"))
+    server = ForkServer(Path(__file__).with_name("train_server.py"), tmp_path_factory.mktemp("server"))
     yield server
     server.close()
 
@@ -47,7 +48,7 @@ def prepared(server, argv, tmp_path_factory):
     """A run killed before its first checkpoint: copies of it begin with the first step."""
     run = tmp_path_factory.mktemp("prepared") / "run"
     fault = {"folder": str(run / "checkpoints"), "kind": "kill", "at": 1}
-    assert server.run(argv(run), fault) == -signal.SIGKILL
+    assert server.run(*argv(run), fault=fault) == -signal.SIGKILL
     assert (run / "run.json").is_file()
     assert list_states(run / "checkpoints") == []
     return run
@@ -57,7 +58,7 @@ def prepared(server, argv, tmp_path_factory):
 def whole(server, argv, tmp_path_factory):
     """What an uninterrupted run leaves."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert server.run(argv(run)) == 0, server.lines
+    assert server.run(*argv(run)) == 0, server.lines
     return result_of(run)
 
 
@@ -97,11 +98,11 @@ def test_killed_before_each_change_to_the_disk_it_resumes_to_the_same_bits(
     while code == -signal.SIGKILL:
         at += 1
         run = shutil.copytree(prepared, tmp_path / f"run-{at}")
-        code = server.run(argv(run), {"folder": str(run / folder), "kind": "kill", "at": at})
+        code = server.run(*argv(run), fault={"folder": str(run / folder), "kind": "kill", "at": at})
         newest = require_only_whole_states(run, newest if folder == "checkpoints" else NUM_STEPS)
         steps = [line["step"] for line in curve_of(run) if "loss" in line]
         assert steps == list(range(1, len(steps) + 1))
-        assert server.run(argv(run), never(run)) == 0, (at, server.lines)
+        assert server.run(*argv(run), fault=never(run)) == 0, (at, server.lines)
         assert result_of(run) == whole, f"after a kill before change {at}"
         shutil.rmtree(run)
     assert code == 0, server.lines
@@ -115,7 +116,7 @@ def test_disk_full_before_each_change_is_one_line_and_a_rerun_ends_the_same(
     codes = []
     while codes[-2:] != [0, 0]:
         run = shutil.copytree(prepared, tmp_path / f"run-{len(codes)}")
-        codes.append(server.run(argv(run), {"folder": str(run / folder), "kind": "full", "at": len(codes) + 1}))
+        codes.append(server.run(*argv(run), fault={"folder": str(run / folder), "kind": "full", "at": len(codes) + 1}))
         lines = server.lines
         assert not any("Traceback" in line for line in lines), lines
         if codes[-1] != 0:
@@ -125,7 +126,7 @@ def test_disk_full_before_each_change_is_one_line_and_a_rerun_ends_the_same(
             assert str(run) in lines[-1]
         assert not list(run.rglob("*.safetensors.tmp"))
         require_only_whole_states(run, 0 if folder == "checkpoints" else NUM_STEPS)
-        assert server.run(argv(run), never(run)) == 0, server.lines
+        assert server.run(*argv(run), fault=never(run)) == 0, server.lines
         assert result_of(run) == whole, f"after a full disk before change {len(codes)}"
         shutil.rmtree(run)
     assert codes.count(2) >= fewest
@@ -138,13 +139,14 @@ def test_killed_at_three_random_moments_it_ends_with_the_same_bits(server, argv,
     moments = random.Random(seed)
     options, num_steps = ("--activation=swiglu", "--save-every=2", "--test-every=9"), 60
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert server.run(argv(whole, *options, num_steps=num_steps)) == 0, server.lines
+    assert server.run(*argv(whole, *options, num_steps=num_steps)) == 0, server.lines
     for after in sorted(moments.sample(range(2, num_steps - 10), 3)):
-        worker = server.start(argv(killed, *options, num_steps=num_steps))
+        worker = server.start(*argv(killed, *options, num_steps=num_steps))
         worker.wait_for(lambda after=after: len([line for line in curve_of(killed) if "loss" in line]) >= after)
         time.sleep(moments.uniform(0.0, 0.02))
-        assert worker.kill() == -signal.SIGKILL, "it was done before it was killed"
-    assert server.run(argv(killed, *options, num_steps=num_steps)) == 0, server.lines
+        worker.kill()
+        assert worker.wait() == -signal.SIGKILL, "it was done before it was killed"
+    assert server.run(*argv(killed, *options, num_steps=num_steps)) == 0, server.lines
     assert f"of {num_steps}" in " ".join(line for line in server.lines if line.startswith("going on after step"))
     assert result_of(killed) == result_of(whole)
 
@@ -152,11 +154,12 @@ def test_killed_at_three_random_moments_it_ends_with_the_same_bits(server, argv,
 def test_a_run_that_was_stopped_keeps_others_out_and_a_killed_one_does_not(server, argv, text, tmp_path, capsys):
     """The lock is the process's: SIGSTOP leaves it held, SIGKILL gives it back."""
     run = tmp_path / "run"
-    worker = server.start(argv(run, "--activation=drelu", num_steps=500))
+    worker = server.start(*argv(run, "--activation=drelu", num_steps=500))
     worker.wait_for(lambda: len(curve_of(run)) >= 2)
-    worker.send(signal.SIGSTOP)
+    worker.stop()
     assert train(text, run, "--activation=drelu", tokens=500 * 128) == 2
     assert "another process is training here; wait for it" in capsys.readouterr().err
-    assert worker.kill() == -signal.SIGKILL
+    worker.kill()
+    assert worker.wait() == -signal.SIGKILL
     assert train(text, run, "--activation=drelu", tokens=128) == 2  # the lock is free: what differs is said
     assert "optimisation.total_tokens: 64000, now 128" in capsys.readouterr().err

@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hybrid_runtime.errors import BudgetError, CheckpointError
+from hybrid_runtime.whole_files import TEMPORARY, sync_folder
 
 KEPT = 2
+_REMEDY = "remove it, and the same command goes on from the one before"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-TEMPORARY = ".tmp"
 _FILE = re.compile(r"step-(\d{8})\.safetensors")
 
 
@@ -49,8 +50,11 @@ def save_state(folder: Path, state: State) -> Path:
     return path
 
 
-def load_state(path: Path) -> State:
-    """What save_state wrote, in memory. Raise CheckpointError for a file that is broken."""
+def load_state(path: Path, expected: Mapping[str, torch.Tensor] | None = None) -> State:
+    """What save_state wrote, in memory. Raise CheckpointError for a file that is broken.
+
+    expected: the model's weights; a state of other names or shapes is refused too.
+    """
     parts: dict[str, dict[str, torch.Tensor]] = {"weights": {}, MOMENTS[0]: {}, MOMENTS[1]: {}}
     match = _FILE.fullmatch(path.name)
     assert match is not None
@@ -60,10 +64,18 @@ def load_state(path: Path) -> State:
                 part, _, tensor = name.partition("/")
                 parts[part][tensor] = file.get_tensor(name).clone()
     except (SafetensorError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: is no checkpoint of hybrid-train: {error}; remove it to resume before"
-        ) from error
+        raise CheckpointError(f"{path}: is no checkpoint of hybrid-train: {error}; {_REMEDY}") from error
+    if expected is not None:
+        for part, tensors in parts.items():
+            _refuse_other_tensors(f"{path}: {part}", tensors, expected)
     return State(int(match[1]), parts["weights"], {moment: parts[moment] for moment in MOMENTS})
+
+
+def _refuse_other_tensors(where: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    for name in sorted(found.keys() | expected.keys()):
+        shapes = [tuple(each[name].shape) if name in each else "nothing" for each in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(f"{where}/{name}: found {shapes[0]}, expected {shapes[1]}; {_REMEDY}")
 
 
 def list_states(folder: Path) -> list[tuple[int, Path]]:
@@ -83,11 +95,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.rename(path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(path.parent)
     except (SafetensorError, OSError) as error:
         temporary.unlink(missing_ok=True)
         raise BudgetError(

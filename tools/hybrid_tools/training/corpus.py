@@ -21,7 +21,7 @@ from hybrid_runtime.errors import CheckpointError, UsageError
 from hybrid_runtime.text.tokenizer import Tokenizer
 from hybrid_runtime.typed_json import from_json
 from hybrid_tools.training.documents import SEPARATOR, TextFile, is_held_out, read_documents
-from hybrid_tools.training.json_files import read_json, write_json
+from hybrid_tools.training.json_files import read_json, remedy_for, write_json
 
 TOKENS_FILE = "tokens.bin"
 INDEX_FILE = "index.json"
@@ -152,13 +152,19 @@ def open_corpus(folder: Path) -> Corpus:
     try:
         index = from_json(CorpusIndex, read_json(path, (), folder), "index.json")
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}; remove {folder}, and the same command makes it again") from error
+        raise CheckpointError(f"{path}: {error}; {remedy_for(folder)}") from error
     lengths = np.asarray(index.lengths, np.int64)
     weights = np.repeat([file.weight for file in index.files], [file.num_documents for file in index.files])
-    tokens = np.memmap(folder / TOKENS_FILE, _ID, mode="r")
-    if len(tokens) != lengths.sum():
-        raise UsageError(f"{folder / TOKENS_FILE}: has {len(tokens)} tokens, its index says {lengths.sum()}; remove it")
-    return Corpus(tokens, lengths, weights, index)
+    path = folder / TOKENS_FILE
+    num_bytes = path.stat().st_size if path.is_file() else 0
+    if num_bytes != lengths.sum() * _ID.itemsize:
+        raise CheckpointError(
+            f"{path}: has {num_bytes} bytes, its index says {lengths.sum()} tokens of {_ID.itemsize} bytes; "
+            f"{remedy_for(folder)}"
+        )
+    if not (folder / HELD_OUT_FOLDER).is_dir():
+        raise CheckpointError(f"{folder / HELD_OUT_FOLDER}: is missing; {remedy_for(folder)}")
+    return Corpus(np.memmap(path, _ID, mode="r"), lengths, weights, index)
 
 
 def document_ids(tokenizer: Tokenizer, document: str) -> list[int]:

@@ -19,11 +19,12 @@ from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import BudgetError, CheckpointError, UsageError
 from hybrid_runtime.machine import cpu_name
 from hybrid_runtime.sizes import format_bytes
+from hybrid_runtime.strict_json import shown
 from hybrid_runtime.text.tokenizer import Tokenizer
 from hybrid_tools.training.corpus import INDEX_FILE, Corpus, open_corpus, write_corpus
 from hybrid_tools.training.documents import refuse_empty
 from hybrid_tools.training.initial import with_activation, without_predictor
-from hybrid_tools.training.json_files import read_json, write_json
+from hybrid_tools.training.json_files import read_json, remedy_for, write_json
 from hybrid_tools.training.network import refuse_untrainable
 from hybrid_tools.training.published import published_config
 from hybrid_tools.training.recipe import Recipe
@@ -159,7 +160,7 @@ def begin(request: RunRequest, recipe: Recipe) -> Begun:
         return begun
     found = read_json(path, ("recipe", "machine", "command"))
     if not isinstance(found["recipe"], dict):
-        raise CheckpointError(f"{path}: its recipe is {found['recipe']!r}, expected an object; remove the file")
+        raise CheckpointError(f"{path}: recipe is {shown(found['recipe'])}, expected an object; {remedy_for(path)}")
     begun = Begun(found["recipe"], str(found["machine"]), str(found["command"]))
     differences = recipe.differences(begun.recipe)
     if differences:
@@ -215,5 +216,5 @@ def _tokenizer_origin(request: RunRequest, existing: Path | None) -> dict[str, o
 
 def _machine(request: RunRequest) -> str:
     if request.device == "cpu":
-        return f"{cpu_name()}, {request.num_threads} threads"
+        return f"{cpu_name()}, {request.num_threads} thread{'s' if request.num_threads > 1 else ''}"
     return torch.cuda.get_device_name()

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import UsageError
@@ -59,6 +60,18 @@ def write_model(
     write_tensors(folder / WEIGHTS_FILE, published, {"format": "pt"})
     write_json(folder / NOTES_FILE, notes)
     write_json(folder / "config.json", values)
+
+
+def is_whole(folder: Path, tokenizer_folder: Path) -> bool:
+    """Whether everything that write_model writes is there, the weights as long as their header says."""
+    names = [name for name in TOKENIZER_FILES if (tokenizer_folder / name).is_file()]
+    if not all((folder / name).is_file() for name in (*names, NOTES_FILE, "config.json")):
+        return False
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def published_name(canonical: str) -> str:

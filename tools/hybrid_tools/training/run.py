@@ -28,6 +28,7 @@ import torch
 from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_runtime.errors import BudgetError, CheckpointError, NumericsError, UsageError
 from hybrid_runtime.store.convert import DISK_IS_FULL
+from hybrid_runtime.stores import DEFAULT_GROUP
 from hybrid_tools.training.checkpoint import list_states, load_state
 from hybrid_tools.training.corpus import Batches, Corpus
 from hybrid_tools.training.held_out import HeldOut, mean_losses, read_held_out
@@ -45,7 +46,7 @@ from hybrid_tools.training.preparation import (
     refuse_small_disk,
     weights_digest,
 )
-from hybrid_tools.training.published import NOTES_FILE, write_model
+from hybrid_tools.training.published import NOTES_FILE, is_whole, write_model
 from hybrid_tools.training.request import Display, RunRequest
 from hybrid_tools.training.rounding import rounded_weights
 from hybrid_tools.training.run_log import LOG_FILE, RunLog, training_seconds
@@ -55,7 +56,7 @@ MODEL_FOLDER = "model"
 LARGEST_LOSS = 100.0  # nats a token; a model that knows nothing has the logarithm of its vocabulary, about 10
 PICTURE = "curves.png"
 TEST_SEQUENCES = 16  # of each file, while training; all of them at the end
-ROUNDED = RowFormat("q8", 32)  # what hybrid-convert makes unless it is told otherwise
+ROUNDED = RowFormat("q8", DEFAULT_GROUP)  # what hybrid-convert makes unless it is told otherwise
 SAVE_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
@@ -99,7 +100,7 @@ def _train_alone(request: RunRequest, display: Display) -> Path:
     begun = begin(request, make_recipe(request, config, corpus, source))
     trainer = Trainer(config, weights, request.optimisation, batches, torch.device(request.device))
     if states:
-        trainer.restore(load_state(states[-1][1]))
+        trainer.restore(load_state(states[-1][1], weights))
     seq_len = request.optimisation.seq_len
     if not request.exports and trainer.num_steps_done < request.optimisation.num_steps:
         if states:
@@ -139,8 +140,8 @@ def _steps(request: RunRequest, trainer: Trainer, held_out: HeldOut, display: Di
 
 def _is_finished(request: RunRequest, trainer: Trainer, begun: Begun) -> bool:
     """Whether model/ is this run's as of this step: a run that is only opened must not touch it."""
-    path = request.folder / MODEL_FOLDER / NOTES_FILE
-    if not (path.is_file() and (path.parent / "config.json").is_file()):  # config.json is written last
+    folder = request.folder / MODEL_FOLDER
+    if not is_whole(folder, request.folder / "tokenizer"):
         return False
     asked = {
         "recipe": begun.recipe,
@@ -149,7 +150,7 @@ def _is_finished(request: RunRequest, trainer: Trainer, begun: Begun) -> bool:
         "rounded_to": request.round_to,
     }
     try:
-        notes = read_json(path, tuple(asked))
+        notes = read_json(folder / NOTES_FILE, tuple(asked))
     except CheckpointError:
         return False  # written by nobody we know, or cut short: written again
     return all(notes[key] == value for key, value in asked.items())
@@ -172,7 +173,7 @@ def _finish(
         )
     notes = {
         "made_by": "hybrid-train",
-        "command": begun.command,
+        "command": request.command,  # of the process that writes it, with the options that it was given
         "machine": begun.machine,
         "num_steps_done": trainer.num_steps_done,
         "num_steps": request.optimisation.num_steps,
@@ -187,13 +188,15 @@ def _finish(
         ],
         "recipe": begun.recipe,
     }
-    write_model(request.folder / MODEL_FOLDER, trainer.config, weights, request.folder / "tokenizer", notes)
     for name, loss in losses.items():
         display.say(f"held out {name}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
     if importlib.util.find_spec("matplotlib") is None:
         display.say("no curves.png was drawn: pip install 'hybrid-runtime[train]' brings matplotlib")
     else:
         draw_run(request.folder / LOG_FILE, request.folder / PICTURE)
+    write_model(
+        request.folder / MODEL_FOLDER, trainer.config, weights, request.folder / "tokenizer", notes
+    )  # last: it ends the run
 
 
 @dataclass(slots=True)

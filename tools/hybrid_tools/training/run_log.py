@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+
+from hybrid_runtime.errors import CheckpointError
+from hybrid_runtime.whole_files import write_whole
 
 LOG_FILE = "log.jsonl"
 
@@ -14,9 +17,7 @@ class RunLog:
 
     def __init__(self, path: Path, num_steps_done: int) -> None:
         kept = [line for line in read_log(path) if line["step"] <= num_steps_done]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.rename(path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, values: Mapping[str, object]) -> None:
@@ -34,13 +35,26 @@ def training_seconds(path: Path, num_steps: int) -> float:
     return sum(line.get("seconds", 0.0) for line in read_log(path) if line["step"] <= num_steps)
 
 
-def read_log(path: Path) -> Iterator[dict[str, float]]:
-    """Every whole line of a run's log; nothing where there is none."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            return  # the line that a kill cut short is the last
-        yield values
+def read_log(path: Path) -> list[dict[str, float]]:
+    """Every line of a run's log; nothing where there is none. What was being written when it was killed is no line.
+
+    Raise CheckpointError for a line that is damaged and has good ones after it: they would be lost in silence.
+    """
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    parsed = [_parse(line) for line in lines]
+    while parsed and parsed[-1] is None:
+        parsed.pop()
+    if None in parsed:
+        raise CheckpointError(
+            f"{path}: line {parsed.index(None) + 1} is damaged: {lines[parsed.index(None)][:80]!r}; remove that line, "
+            "or the file if the curve so far does not matter"
+        )
+    return [line for line in parsed if line is not None]
+
+
+def _parse(line: bytes) -> dict[str, float] | None:
+    try:
+        values = json.loads(line)
+    except ValueError:  # a line that is cut short, or no UTF-8
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
