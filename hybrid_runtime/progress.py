@@ -1,4 +1,4 @@
-"""Shows how far a long step has come: bytes done and total, speed, time left.
+"""Shows how far a long step has come: bytes (or tokens, ...) done and total, speed, time left.
 
 Downloads and conversions report through the small `Progress` protocol and know nothing of terminals. On a terminal a
 `TerminalProgress` draws one moving line on stderr; elsewhere (a log file, a pipe, CI) a `PlainProgress` prints a
@@ -22,16 +22,17 @@ if TYPE_CHECKING:  # rich costs 50 ms to import, and most callers never draw
     from rich.progress import TaskID
 
 PLAIN_INTERVAL_S = 5.0
+BYTES = "bytes"
 
 
 class Progress(Protocol):
     """What a long step tells about itself; one step at a time."""
 
-    def start(self, label: str, total_bytes: int | None) -> None:
-        """Begin a step; `total_bytes` is None when nobody knows how long it will be."""
+    def start(self, label: str, total: int | None, unit: str = BYTES) -> None:
+        """Begin a step; `total` is None when nobody knows how long it will be. unit: of what is counted, in plural."""
 
     def advance(self, n: int) -> None:
-        """Say that `n` more bytes are done."""
+        """Say that `n` more are done."""
 
     def done(self) -> None:
         """End the step, finished or not; harmless when none is running."""
@@ -40,11 +41,11 @@ class Progress(Protocol):
 class NoProgress:
     """Says nothing: for libraries and tests."""
 
-    def start(self, label: str, total_bytes: int | None) -> None:
+    def start(self, label: str, total: int | None, unit: str = BYTES) -> None:
         """Ignore the step."""
 
     def advance(self, n: int) -> None:
-        """Ignore the bytes."""
+        """Ignore what is done."""
 
     def done(self) -> None:
         """Ignore the end."""
@@ -64,22 +65,24 @@ class PlainProgress:
         self._interval_s = interval_s
         self._clock = clock
         self._label: str | None = None
-        self._total_bytes: int | None = None
-        self._done_bytes = 0
+        self._total: int | None = None
+        self._unit = BYTES
+        self._done = 0
         self._started_s = 0.0
         self._printed_s = 0.0
 
-    def start(self, label: str, total_bytes: int | None) -> None:
+    def start(self, label: str, total: int | None, unit: str = BYTES) -> None:
         """Begin a step and name it, with its size where it is known."""
         self._label = label
-        self._total_bytes = total_bytes
-        self._done_bytes = 0
+        self._total = total
+        self._unit = unit
+        self._done = 0
         self._started_s = self._printed_s = self._clock()
-        self._print(label if total_bytes is None else f"{label}: {format_decimal_bytes(total_bytes)}")
+        self._print(label if total is None else f"{label}: {_amount(total, unit)}")
 
     def advance(self, n: int) -> None:
-        """Count the bytes, and print when the last line is old enough."""
-        self._done_bytes += n
+        """Count, and print when the last line is old enough."""
+        self._done += n
         now_s = self._clock()
         if self._label is not None and now_s - self._printed_s >= self._interval_s:
             self._printed_s = now_s
@@ -93,13 +96,13 @@ class PlainProgress:
 
     def _describe(self, now_s: float) -> str:
         elapsed_s = max(now_s - self._started_s, 1e-9)
-        bytes_per_s = self._done_bytes / elapsed_s
-        line = f"{self._label}: {format_decimal_bytes(self._done_bytes)}"
-        if self._total_bytes:
-            line += f" of {format_decimal_bytes(self._total_bytes)} ({100 * self._done_bytes // self._total_bytes} %)"
-        line += f", {format_decimal_bytes(bytes_per_s)}/s"
-        if self._total_bytes and 0 < self._done_bytes < self._total_bytes:
-            return f"{line}, {format_duration((self._total_bytes - self._done_bytes) / bytes_per_s)} left"
+        per_s = self._done / elapsed_s
+        line = f"{self._label}: {_amount(self._done, self._unit)}"
+        if self._total:
+            line += f" of {_amount(self._total, self._unit)} ({100 * self._done // self._total} %)"
+        line += f", {_amount(per_s, self._unit)}/s"
+        if self._total and 0 < self._done < self._total:
+            return f"{line}, {format_duration((self._total - self._done) / per_s)} left"
         return f"{line}, took {format_duration(elapsed_s)}"
 
     def _print(self, line: str) -> None:
@@ -115,12 +118,13 @@ class TerminalProgress:
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
 
-    def start(self, label: str, total_bytes: int | None) -> None:
+    def start(self, label: str, total: int | None, unit: str = BYTES) -> None:
         """Begin a step, ending one that is still drawn."""
         from rich.console import Console  # noqa: PLC0415 - imported when something is drawn
         from rich.progress import (  # noqa: PLC0415
             BarColumn,
             DownloadColumn,
+            MofNCompleteColumn,
             TextColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
@@ -128,16 +132,18 @@ class TerminalProgress:
         from rich.progress import Progress as RichProgress  # noqa: PLC0415
 
         self.done()
+        amounts = (
+            [DownloadColumn(), TransferSpeedColumn()] if unit == BYTES else [MofNCompleteColumn(), TextColumn(unit)]
+        )
         self._bar = RichProgress(
             TextColumn("{task.description}", markup=False),  # a file's name is data: [red] in it is not a colour
             BarColumn(bar_width=24),
-            DownloadColumn(),
-            TransferSpeedColumn(),
+            *amounts,
             TimeRemainingColumn(),
             console=Console(file=self._stream),
         )
         self._bar.start()
-        self._task = self._bar.add_task(label, total=total_bytes)
+        self._task = self._bar.add_task(label, total=total)
 
     def advance(self, n: int) -> None:
         """Move the line."""
@@ -157,6 +163,10 @@ def console_progress(stream: TextIO | None = None) -> Progress:
     if stream is None:  # closed by the caller (2>&-)
         return NoProgress()
     return TerminalProgress(stream) if stream.isatty() else PlainProgress(stream)
+
+
+def _amount(count: float, unit: str) -> str:
+    return format_decimal_bytes(count) if unit == BYTES else f"{count:.0f} {unit}"
 
 
 def format_duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ time, each over the whole batch.
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from hybrid_kernels.attention.op import attention
 from hybrid_kernels.linear.op import linear
 from hybrid_kernels.norm.op import layer_norm, rms_norm
+from hybrid_kernels.packed_matrix import PackedMatrix
 from hybrid_kernels.quantization.op import dequantize_rows
 from hybrid_kernels.rope.op import apply_rope
 from hybrid_kernels.routing.op import route
@@ -23,9 +25,10 @@ from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import UsageError
 from hybrid_runtime.model.counters import DecodeCounters
 from hybrid_runtime.model.kv_cache import KvCache
+from hybrid_runtime.model.observer import FfnPass, Observer
 from hybrid_runtime.model.rope_frequencies import rope_frequencies
 from hybrid_runtime.model.token_program import TokenProgram
-from hybrid_runtime.model.weights import DecoderLayer, DecoderWeights, FeedForward, Norm, Projection
+from hybrid_runtime.model.weights import DecoderLayer, DecoderWeights, Norm, Projection
 
 PredictorMode = Literal["mask", "off", "gate"]
 """mask: neurons that the checkpoint's predictor rules out are not computed (TurboSparse's own definition).
@@ -67,14 +70,21 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(
-        self, tokens: torch.Tensor, cache: KvCache, *, all_logits: bool = False, prompt_end: int = 0
+        self,
+        tokens: torch.Tensor,
+        cache: KvCache,
+        *,
+        all_logits: bool = False,
+        prompt_end: int = 0,
+        observer: Observer | None = None,
     ) -> torch.Tensor:
         """tokens: [T] int64, T >= 1, after what the cache holds -> logits [T or 1, V] float32 (1: the last token's).
 
         prompt_end: where the prompt ends of which the tokens are one chunk; longrope rotates the first chunk by it too.
+        observer: sees routing and neurons; with one, a single token is computed as a batch is.
         """
         end = cache.length + len(tokens)
-        if len(tokens) == 1:
+        if len(tokens) == 1 and observer is None:
             logits = self._program(cache).step(int(tokens[0]), cache.length, max(end, prompt_end)).unsqueeze(0)
             cache.length = end
             return logits.clone()
@@ -82,7 +92,7 @@ class Decoder:
         rotation = self._rotation(max(end, prompt_end))
         x = self._embed(tokens, positions)  # [T, H]
         for layer_idx, layer in enumerate(self.weights.layers):
-            x = self._layer(layer_idx, layer, x, positions, rotation, cache)
+            x = self._layer(layer_idx, layer, x, positions, rotation, cache, observer)
         cache.length += len(tokens)
         x = self._norm(x if all_logits else x[-1:], self.weights.norm)
         return linear(x, self.weights.lm_head, team=self.team)
@@ -118,6 +128,7 @@ class Decoder:
         positions: torch.Tensor,
         rotation: Rotation | None,
         cache: KvCache,
+        observer: Observer | None,
     ) -> torch.Tensor:
         """x: [T, H], the residual stream -> [T, H]."""
         layer_input = x
@@ -127,8 +138,9 @@ class Decoder:
         taps = {"layer_input": layer_input, "pre_norm": pre_norm, "post_norm": post_norm}
         predictor_input = taps[self.config.predictor_input or "post_norm"]
         if layer.router is None:
-            return x + self._feed_forward(layer.experts[0], post_norm, predictor_input)
-        return x + self._mixture(layer, post_norm, taps[self.config.router_input], predictor_input)
+            return x + self._feed_forward(layer_idx, 0, None, post_norm, predictor_input, observer)
+        router_input = taps[self.config.router_input]
+        return x + self._mixture(layer_idx, layer.router, post_norm, router_input, predictor_input, observer)
 
     def _attention(
         self,
@@ -152,30 +164,50 @@ class Decoder:
         return self._project(mixed.reshape(len(x), -1), layer.o_proj)
 
     def _mixture(
-        self, layer: DecoderLayer, x: torch.Tensor, router_input: torch.Tensor, predictor_input: torch.Tensor
+        self,
+        layer_idx: int,
+        router: PackedMatrix,
+        x: torch.Tensor,
+        router_input: torch.Tensor,
+        predictor_input: torch.Tensor,
+        observer: Observer | None,
     ) -> torch.Tensor:
         """Each token's FFN is the weighted sum of its experts, added in the order of expert numbers."""
         config = self.config
-        assert layer.router is not None
         experts, weights = route(
-            linear(router_input, layer.router, team=self.team),
+            linear(router_input, router, team=self.team),
             config.num_experts_per_tok,
             config.router_score,
             normalize=config.normalize_expert_weights,
         )  # [T, k] each
+        if observer is not None:
+            observer.see_routing(layer_idx, experts)
         output = torch.zeros_like(x)
         for expert_idx in sorted(set(experts.flatten().tolist())):
             tokens, slots = (experts == expert_idx).nonzero(as_tuple=True)
-            partial = self._feed_forward(layer.experts[expert_idx], x[tokens], predictor_input[tokens])
-            output[tokens] += partial * weights[tokens, slots].unsqueeze(1)
+            summand = self._feed_forward(layer_idx, expert_idx, tokens, x[tokens], predictor_input[tokens], observer)
+            output[tokens] += summand * weights[tokens, slots].unsqueeze(1)
         return output
 
-    def _feed_forward(self, ffn: FeedForward, x: torch.Tensor, predictor_input: torch.Tensor) -> torch.Tensor:
+    def _feed_forward(
+        self,
+        layer_idx: int,
+        expert_idx: int,
+        tokens: torch.Tensor | None,
+        x: torch.Tensor,
+        predictor_input: torch.Tensor,
+        observer: Observer | None,
+    ) -> torch.Tensor:
+        """One network over x: [n, H]. tokens: int64 [n], which of the batch they are; None: all."""
+        ffn = self.weights.layers[layer_idx].experts[expert_idx]
         active = None
         if self.predictor_mode == "mask":
             assert ffn.predictor is not None
             active = ffn.predictor.active(predictor_input, self.team)  # [T, I]
-        return sparse_ffn(x, ffn.bundles, self.config.activation, active, team=self.team)
+        observe = None
+        if observer is not None:
+            observe = partial(observer.see_neurons, FfnPass(layer_idx, expert_idx, tokens, predictor_input))
+        return sparse_ffn(x, ffn.bundles, self.config.activation, active, team=self.team, observe=observe)
 
     def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         if self.config.norm == "rms":

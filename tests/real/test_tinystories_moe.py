@@ -20,8 +20,9 @@ from hybrid_runtime.progress import NoProgress
 from hybrid_runtime.shipped import DEFAULT_MODEL, SHIPPED_MODELS
 from hybrid_runtime.store.reader import open_store
 from hybrid_runtime.stores import ModelRequest, convert_model
+from hybrid_runtime.text.documents import read_documents
 from hybrid_runtime.text.load import load_tokenizer
-from hybrid_tools.training.documents import is_held_out, read_documents
+from hybrid_tools.training.documents import is_held_out
 from hybrid_tools.training.held_out import HeldOut, mean_losses
 from hybrid_tools.training.initial import checkpoint_weights
 from hybrid_tools.training.network import forward

@@ -12,6 +12,7 @@ from hybrid_kernels.linear import batch
 from hybrid_kernels.linear.op import linear
 from hybrid_kernels.packed_matrix import Bundles, PackedMatrix
 from hybrid_kernels.sparse_ffn import reference
+from hybrid_kernels.sparse_ffn.reference import Observe
 from hybrid_kernels.team import Team
 
 WORTHWHILE_SHARE = 0.9  # of neurons: above, leaving some out saves less than finding them costs
@@ -19,11 +20,16 @@ BLOCK_WEIGHTS = 1 << 22  # 16 MiB of float32 at once
 
 
 def sparse_ffn(
-    x: torch.Tensor, bundles: Bundles, activation: Activation, active: torch.Tensor | None, team: Team
+    x: torch.Tensor,
+    bundles: Bundles,
+    activation: Activation,
+    active: torch.Tensor | None,
+    team: Team,
+    observe: Observe | None = None,
 ) -> torch.Tensor:
     """x: [T, H] float32; active: [T, I] bool, or None for every neuron -> [T, H] float32."""
     if bundles.row_format.kind == "f32" and active is None:
-        return reference.sparse_ffn(x, bundles, activation)  # three matrices as they are
+        return reference.sparse_ffn(x, bundles, activation, observe=observe)  # three matrices as they are
     neurons = None  # int64 [N], ascending
     if active is not None:
         union = active.any(dim=0)
@@ -31,9 +37,9 @@ def sparse_ffn(
             neurons = union.nonzero().squeeze(1)
             active = active[:, neurons]
     if bundles.row_format.is_quantized:
-        output = _quantized(x, bundles, activation, active, neurons, team)
+        output = _quantized(x, bundles, activation, active, neurons, team, observe)
     else:
-        output = _unpacked(x, bundles, activation, active, neurons, team)
+        output = _unpacked(x, bundles, activation, active, neurons, team, observe)
     return output if bundles.down_bias is None else output.add_(bundles.down_bias)
 
 
@@ -44,6 +50,7 @@ def _quantized(
     active: torch.Tensor | None,
     neurons: torch.Tensor | None,
     team: Team,
+    observe: Observe | None,
 ) -> torch.Tensor:
     index = None if neurons is None else neurons.to(torch.int32).numpy()
     vectors = batch.quantize_batch(x, bundles.row_format, team)
@@ -58,6 +65,8 @@ def _quantized(
     hidden = activate(activation, gate, project(bundles.up_proj, bundles.up_bias))
     if active is not None:
         hidden *= active
+    if observe is not None:
+        observe(slice(0, bundles.num_neurons) if neurons is None else neurons, hidden)
     return batch.multiply_down(hidden, bundles.down_proj_t, team, index)
 
 
@@ -68,6 +77,7 @@ def _unpacked(
     active: torch.Tensor | None,
     neurons: torch.Tensor | None,
     team: Team,
+    observe: Observe | None,
 ) -> torch.Tensor:
     """A block of neurons at a time, in ascending order."""
     output = torch.zeros_like(x)
@@ -79,6 +89,8 @@ def _unpacked(
         hidden = activate(activation, gate, linear(x, block.up_proj, block.up_bias, team=team))
         if active is not None:
             hidden *= active[:, where]
+        if observe is not None:
+            observe(slice(start, start + block.num_neurons) if neurons is None else neurons[where], hidden)
         down = block.down_proj_t
         width = down.row_format.padded_columns(down.columns)
         weights = torch.empty(block.num_neurons, -(-width // 8) * 8)

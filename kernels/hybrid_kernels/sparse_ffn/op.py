@@ -10,6 +10,7 @@ import torch
 from hybrid_kernels.activation import Activation
 from hybrid_kernels.packed_matrix import Bundles
 from hybrid_kernels.sparse_ffn import batch
+from hybrid_kernels.sparse_ffn.reference import Observe
 from hybrid_kernels.team import Team
 
 
@@ -20,9 +21,11 @@ def sparse_ffn(
     active: torch.Tensor | None = None,
     *,
     team: Team,
+    observe: Observe | None = None,
 ) -> torch.Tensor:
     """x: [T, H] float32; active: [T, I] bool, or None for every neuron -> [T, H] float32.
 
+    observe: is called with the values of neurons, block by block, every computed neuron once.
     Raises ValueError when shapes, gate and activation do not fit each other.
     """
     if x.dim() != 2 or x.shape[1] != bundles.hidden_size or x.dtype != torch.float32:
@@ -32,4 +35,4 @@ def sparse_ffn(
     expected = (len(x), bundles.num_neurons)
     if active is not None and (tuple(active.shape) != expected or active.dtype != torch.bool):
         raise ValueError(f"active is {active.dtype} {tuple(active.shape)}, expected bool {expected}")
-    return batch.sparse_ffn(x, bundles, activation, active, team)
+    return batch.sparse_ffn(x, bundles, activation, active, team, observe)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from hybrid_kernels.activation import Activation, activate
@@ -10,16 +12,26 @@ from hybrid_kernels.packed_matrix import Bundles, PackedMatrix
 from hybrid_kernels.quantization.reference import dequantize_rows
 from hybrid_kernels.quantization.row_format import RowFormat
 
+Observe = Callable[["slice | torch.Tensor", torch.Tensor], None]
+"""Gets which neurons (a slice, or int64 [N]) and their values after the activation, [T, N]; must not keep them."""
+
 BLOCK = RowFormat("q8", 32)  # neurons that share a scale in a down projection of a batch
 
 
 def sparse_ffn(
-    x: torch.Tensor, bundles: Bundles, activation: Activation, active: torch.Tensor | None = None
+    x: torch.Tensor,
+    bundles: Bundles,
+    activation: Activation,
+    active: torch.Tensor | None = None,
+    observe: Observe | None = None,
 ) -> torch.Tensor:
     """x: [T, H] float32; active: [T, I] bool, or None for every neuron -> [T, H] float32."""
     gate = linear(x, bundles.gate_proj, bundles.gate_bias) if bundles.has_gate else None  # [T, I]
     up = linear(x, bundles.up_proj, bundles.up_bias)  # [T, I]
-    return _with_bias(_masked(activate(activation, gate, up), active) @ _dense(bundles.down_proj_t), bundles)
+    hidden = _masked(activate(activation, gate, up), active)
+    if observe is not None:
+        observe(slice(0, bundles.num_neurons), hidden)
+    return _with_bias(hidden @ _dense(bundles.down_proj_t), bundles)
 
 
 def rounded_sparse_ffn(

@@ -8,8 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from hybrid_runtime.errors import CheckpointError, TokenizerError, UsageError
+from hybrid_runtime.text.documents import read_documents
 from hybrid_tools.training.corpus import Batches, document_ids, open_corpus, write_corpus
-from hybrid_tools.training.documents import TextFile, is_held_out, read_documents
+from hybrid_tools.training.documents import TextFile, is_held_out
 from hybrid_tools.training.held_out import read_held_out
 from hybrid_tools.training.vocabulary import copy_vocabulary, read_vocabulary, train_vocabulary
 

@@ -7,7 +7,6 @@ leaves the older ones as they were.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from hybrid_runtime.errors import BudgetError, CheckpointError
-from hybrid_runtime.whole_files import TEMPORARY, sync_folder
+from hybrid_runtime.errors import CheckpointError
+from hybrid_runtime.tensor_files import write_tensors
+from hybrid_runtime.whole_files import TEMPORARY
 
 KEPT = 2
 _REMEDY = "remove it, and the same command goes on from the one before"
@@ -84,20 +83,3 @@ def list_states(folder: Path) -> list[tuple[int, Path]]:
         return []
     matches = ((_FILE.fullmatch(path.name), path) for path in folder.iterdir())
     return sorted((int(match[1]), path) for match, path in matches if match)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, whole or not at all. Raise BudgetError when it cannot be written."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        save_file(dict(tensors), temporary, dict(metadata) or None)
-        temporary.chmod(0o644)  # safetensors leaves it readable for its owner alone
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        sync_folder(path.parent)
-    except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
-        raise BudgetError(
-            f"{path}: could not be written: {error}; what was saved before is untouched; make room and run again"
-        ) from error

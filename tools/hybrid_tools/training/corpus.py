@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_runtime.errors import CheckpointError, UsageError
+from hybrid_runtime.text.documents import SEPARATOR, read_documents
 from hybrid_runtime.text.tokenizer import Tokenizer
 from hybrid_runtime.typed_json import from_json
-from hybrid_tools.training.documents import SEPARATOR, TextFile, is_held_out, read_documents
+from hybrid_tools.training.documents import TextFile, is_held_out
 from hybrid_tools.training.json_files import read_json, remedy_for, write_json
 
 TOKENS_FILE = "tokens.bin"

@@ -1,25 +1,20 @@
-"""Plain text as documents: files, plain or gzip, in which `<|endoftext|>` parts one document from the next.
+"""The documents that a run trains on, and those that it keeps for testing.
 
-A file is read in pieces, never whole. Which documents are held out depends on their words alone, so that every model
+Which documents are held out depends on their words alone, so that every model
 trained on the same text, today or in a year, is tested on the same documents, and a document that stands in two files
 is never in both halves.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from hybrid_runtime.errors import UsageError
+from hybrid_runtime.text.documents import check_text_file, read_documents
 
-SEPARATOR = "<|endoftext|>"
-PIECE_CHARACTERS = 1 << 20
-LONGEST_DOCUMENT = 1 << 28  # characters held at once; a file without separators is one document
 SALT = "hybrid-train held-out"
 
 
@@ -45,24 +40,8 @@ def parse_text_file(text: str) -> TextFile:
         file = TextFile(Path(path), float(weight))
     except ValueError:
         file = TextFile(Path(text))
-    if file.path.is_dir():
-        raise UsageError(f"--text {file.path}: is a folder; name its files, each with --text")
-    if not file.path.is_file():
-        raise UsageError(f"--text {file.path}: no such file")
+    check_text_file(file.path)
     return file
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """The file's documents in order, without empty ones. Raise UsageError for what is no text."""
-    try:
-        with _open_text(path) as stream:
-            yield from _split(path, stream)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--text {path}: is not UTF-8 text: {error.reason}; convert it first") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UsageError(f"--text {path}: is not a whole gzip file: {error}; fetch it again") from error
-    except OSError as error:
-        raise UsageError(f"--text {path}: cannot be read: {error.strerror or error}") from error
 
 
 def refuse_empty(files: Sequence[TextFile], held_out: float) -> None:
@@ -80,34 +59,3 @@ def is_held_out(document: str, share: float) -> bool:
     """Whether this document is for testing; a function of its words and the share alone."""
     digest = hashlib.sha256(f"{SALT}\n{' '.join(document.split())}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2.0**64
-
-
-def _open_text(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="\n")
-    return path.open(encoding="utf-8", newline="\n")
-
-
-def _split(path: Path, stream: TextIO) -> Iterator[str]:
-    """Cut at separators; every character is looked at once, however long a document is."""
-    pieces: list[str] = []  # of the document that is being read
-    length = 0
-    rest = ""  # the end of what was read, too short to hold a whole separator
-    while piece := stream.read(PIECE_CHARACTERS):
-        *ended, rest = (rest + piece).split(SEPARATOR)
-        for idx, end in enumerate(ended):
-            if document := "".join([*pieces, end] if idx == 0 else [end]).strip():
-                yield document
-        if ended:
-            pieces, length = [], 0
-        keep = min(len(rest), len(SEPARATOR) - 1)
-        pieces.append(rest[: len(rest) - keep])
-        length += len(pieces[-1])
-        rest = rest[len(rest) - keep :]
-        if length > LONGEST_DOCUMENT:
-            raise UsageError(
-                f"--text {path}: a document is longer than {LONGEST_DOCUMENT} characters; "
-                f"separate documents by {SEPARATOR}"
-            )
-    if document := "".join([*pieces, rest]).strip():
-        yield document

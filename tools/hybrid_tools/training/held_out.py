@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional
 
 from hybrid_runtime.config import ModelConfig
+from hybrid_runtime.text.documents import read_documents
 from hybrid_runtime.text.tokenizer import Tokenizer
 from hybrid_tools.training.corpus import HELD_OUT_FOLDER, document_ids
-from hybrid_tools.training.documents import read_documents
 from hybrid_tools.training.network import OnHidden, Weights, forward
 
 BATCH_SEQUENCES = 16

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import UsageError
-from hybrid_tools.training.checkpoint import write_tensors
+from hybrid_runtime.tensor_files import write_tensors
 from hybrid_tools.training.json_files import write_json
 from hybrid_tools.training.vocabulary import TOKENIZER_FILES
 

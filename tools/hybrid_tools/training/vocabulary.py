@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hybrid_runtime.errors import TokenizerError, UsageError
+from hybrid_runtime.text.documents import read_documents
 from hybrid_runtime.text.load import load_tokenizer, load_tokenizer_file
 from hybrid_runtime.text.sentencepiece_vocabulary import TOKENIZER_MODEL
 from hybrid_runtime.text.tokenizer import Tokenizer
 from hybrid_runtime.text.tokenizers_vocabulary import TOKENIZER_JSON
-from hybrid_tools.training.documents import TextFile, is_held_out, read_documents
+from hybrid_tools.training.documents import TextFile, is_held_out
 
 SMALLEST_VOCABULARY = 3 + 256 + 1  # special tokens, bytes, and one piece of text
 MOST_LINES = 2_000_000  # that sentencepiece holds in memory

@@ -1,0 +1,180 @@
+"""A uniform sample of tokens with what predictors learn from: their inputs, and which neurons then fired.
+
+Each token draws a priority from its window's tokens and its place; the sample is those with the smallest priorities.
+So it does not depend on the order of events, a resumed run draws the same one, and samples of two texts merge into a
+sample of both. While a profile runs, rows lie in a raw file by slot; at the end they are sorted by priority into
+safetensors:
+
+    priorities               int64 [n], ascending
+    layers.<l>.inputs        float16 [n, H], where the predictors read the stream
+    layers.<l>.experts       int16 [n, k], to which experts the token went, ascending; k = 1 and 0 in a dense layer
+    layers.<l>.active        uint8 [n, k, I / 8], bit i % 8 (lowest first) of byte i / 8 is neuron i of that expert
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hybrid_runtime.config import ModelConfig
+from hybrid_runtime.model.observer import FfnPass
+
+LARGEST_FLOAT16 = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class SampleShape:
+    """What one sampled token takes on disk."""
+
+    num_layers: int
+    hidden_size: int
+    num_neurons: int
+    num_slots: int  # experts a token
+
+    @staticmethod
+    def of(config: ModelConfig) -> SampleShape:
+        """The shape of this model's samples."""
+        slots = config.num_experts_per_tok if config.num_experts else 1
+        return SampleShape(config.num_hidden_layers, config.hidden_size, config.intermediate_size, slots)
+
+    @property
+    def active_bytes(self) -> int:
+        """Of one expert's active set."""
+        return -(-self.num_neurons // 8)
+
+    @property
+    def row(self) -> np.dtype[np.void]:
+        """One token in one layer."""
+        return np.dtype(
+            [
+                ("inputs", "<f2", (self.hidden_size,)),
+                ("experts", "<i2", (self.num_slots,)),
+                ("active", "u1", (self.num_slots, self.active_bytes)),
+            ]
+        )
+
+    def rows_in(self, num_bytes: int) -> int:
+        """How many tokens fit."""
+        return num_bytes // (self.num_layers * self.row.itemsize + 8)
+
+
+def token_priorities(tokens: torch.Tensor, window_idx: int) -> np.ndarray:
+    """int64 [T] from 0 to 2**63 - 1, for the tokens of one window."""
+    digest = hashlib.sha256(tokens.numpy().astype("<i4").tobytes() + window_idx.to_bytes(8, "little")).digest()
+    generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+    return (generator.random_raw(len(tokens)) >> np.uint64(1)).astype(np.int64)
+
+
+class Reservoir:
+    """Which tokens are in the sample, and in which slot of the raw file. Never changes; `take` makes the next one."""
+
+    def __init__(self, num_slots: int, priorities: np.ndarray | None = None) -> None:
+        """priorities: int64 [n <= num_slots], by slot."""
+        self.num_slots = num_slots
+        self._priorities = np.zeros(0, dtype=np.int64) if priorities is None else priorities
+
+    def take(self, priorities: np.ndarray) -> tuple[Reservoir, dict[int, int]]:
+        """Let a window's tokens in: the next reservoir, and index in the window to slot of those that are in it."""
+        heap = [(-priority, slot) for slot, priority in enumerate(self._priorities.tolist())]
+        heapq.heapify(heap)
+        taken: dict[int, int] = {}  # slot to index
+        for idx, priority in enumerate(priorities.tolist()):
+            if len(heap) < self.num_slots:
+                slot = len(heap)
+                heapq.heappush(heap, (-priority, slot))
+            elif heap and -priority > heap[0][0]:
+                slot = heap[0][1]
+                heapq.heapreplace(heap, (-priority, slot))
+            else:
+                continue
+            taken[slot] = idx  # in place of a token of this very window, if need be
+        after = np.zeros(len(heap), dtype=np.int64)
+        for negative, slot in heap:
+            after[slot] = -negative
+        return Reservoir(self.num_slots, after), {idx: slot for slot, idx in taken.items()}
+
+    def priorities(self) -> np.ndarray:
+        """int64 [n], by slot."""
+        return self._priorities
+
+
+class SampleFile:
+    """The raw file: a stretch for each layer, in it a row for each slot. Grows sparsely, where rows are written."""
+
+    def __init__(self, path: Path, shape: SampleShape, num_slots: int) -> None:
+        self.shape = shape
+        self.num_slots = num_slots
+        path.touch()
+        self._file = path.open("r+b")
+        self._file.truncate(shape.num_layers * num_slots * shape.row.itemsize)
+
+    def write(self, layer_idx: int, slots: list[int], rows: np.ndarray) -> None:
+        """rows: [n] of shape.row."""
+        for slot, row in zip(slots, rows, strict=True):
+            self._file.seek((layer_idx * self.num_slots + slot) * self.shape.row.itemsize)
+            self._file.write(row.tobytes())
+
+    def read(self, layer_idx: int, count: int) -> np.ndarray:
+        """The first slots of a layer, as [count] of shape.row."""
+        self._file.seek(layer_idx * self.num_slots * self.shape.row.itemsize)
+        return np.frombuffer(self._file.read(count * self.shape.row.itemsize), dtype=self.shape.row)
+
+    def flush(self) -> None:
+        """Hand everything to the system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class WindowSampler:
+    """Collects the rows of one window's sampled tokens, and writes them when the window is over.
+
+    A window goes through the decoder in batches: `begin_batch` says where the next one starts.
+    """
+
+    def __init__(self, file: SampleFile, taken: dict[int, int]) -> None:
+        """taken: index in the window to slot."""
+        self._file = file
+        self._taken = sorted(taken.items())
+        shape = (file.shape.num_layers, len(taken))
+        self._rows = np.zeros(shape, dtype=file.shape.row)
+        self._filled = np.zeros(shape, dtype=np.int64)  # experts that a row has so far
+        self._start = 0
+
+    def begin_batch(self, start: int) -> None:
+        """start: index in the window of the batch's first token."""
+        self._start = start
+
+    def see(self, ffn: FfnPass, active: torch.Tensor) -> None:
+        """active: bool [n, I], of the pass's tokens. Experts come in ascending order."""
+        place = {token: idx for idx, token in enumerate(self._tokens(ffn, len(active)))}
+        chosen = [(row, place[token]) for row, (token, _) in enumerate(self._taken) if token in place]
+        if not chosen:
+            return
+        rows, tokens = (list(each) for each in zip(*chosen, strict=True))
+        layer = self._rows[ffn.layer_idx]
+        slots = self._filled[ffn.layer_idx, rows]
+        inputs = ffn.predictor_input[tokens].clamp(-LARGEST_FLOAT16, LARGEST_FLOAT16)
+        layer["inputs"][rows] = inputs.numpy()
+        layer["experts"][rows, slots] = ffn.expert_idx
+        layer["active"][rows, slots] = np.packbits(active[tokens].numpy(), axis=1, bitorder="little")
+        self._filled[ffn.layer_idx, rows] += 1
+
+    def write(self) -> None:
+        """Write the rows, once the window is through."""
+        slots = [slot for _, slot in self._taken]
+        assert (self._filled == self._file.shape.num_slots).all()
+        for layer_idx, rows in enumerate(self._rows):
+            self._file.write(layer_idx, slots, rows)
+
+    def _tokens(self, ffn: FfnPass, count: int) -> list[int]:
+        """Indices in the window of a pass's tokens."""
+        within = range(count) if ffn.tokens is None else ffn.tokens.tolist()
+        return [self._start + idx for idx in within]

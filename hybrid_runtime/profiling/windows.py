@@ -1,0 +1,59 @@
+"""Text files as windows of token ids, the same ones in the same order at every reading."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from hybrid_runtime.errors import UsageError
+from hybrid_runtime.text.documents import check_text_file, read_documents
+from hybrid_runtime.text.tokenizer import Tokenizer
+
+CHUNK_BYTES = 1 << 22
+
+
+def text_digest(files: Sequence[Path]) -> str:
+    """Hex sha256 of the files' own digests, in order. Raise UsageError for one that is not there."""
+    total = hashlib.sha256()
+    for path in files:
+        check_text_file(path)
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+        total.update(digest.digest())
+    return total.hexdigest()
+
+
+def token_windows(files: Sequence[Path], tokenizer: Tokenizer, window: int) -> Iterator[torch.Tensor]:
+    """int64 [window] each; a document runs on from one window into the next, what fills no window is left out.
+
+    Documents are taken from the files in turn, so that a beginning of the whole holds something of every file.
+    """
+    tokens: list[int] = []
+    for document in _in_turn([read_documents(path) for path in files]):
+        tokens += tokenizer.encode(document)
+        while len(tokens) >= window:
+            yield torch.tensor(tokens[:window])
+            tokens = tokens[window:]
+
+
+def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
+    while streams:
+        left = []
+        for stream in streams:
+            document = next(stream, None)
+            if document is not None:
+                yield document
+                left.append(stream)
+        streams = left
+
+
+def require_windows(num_windows: int, files: Sequence[Path], window: int) -> None:
+    """Raise UsageError when a text gave no window to count."""
+    if num_windows == 0:
+        names = ", ".join(map(str, files))
+        raise UsageError(f"--text {names}: has fewer than {window} tokens; give more text, or a smaller --window")
