@@ -6,8 +6,9 @@ import time
 import pytest
 
 from hybrid_runtime.errors import UsageError
-from hybrid_tools.training import documents
-from hybrid_tools.training.documents import TextFile, is_held_out, parse_text_file, read_documents, refuse_empty
+from hybrid_runtime.text import documents
+from hybrid_runtime.text.documents import read_documents
+from hybrid_tools.training.documents import TextFile, is_held_out, parse_text_file, refuse_empty
 
 TEXT = "One.\n<|endoftext|>\n\n  Two,\n\nwith a gap. \n<|endoftext|>\n \n<|endoftext|>Drei ä€😀"
 DOCUMENTS = ["One.", "Two,\n\nwith a gap.", "Drei ä€😀"]
