@@ -12,7 +12,7 @@ The command line and (later) the server are thin callers of this class. One Engi
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import platformdirs
@@ -31,9 +31,12 @@ from hybrid_runtime.machine import available_ram_bytes, current_rss_bytes, physi
 from hybrid_runtime.model.decoder import Decoder, PredictorMode, choose_predictor_mode
 from hybrid_runtime.model.kernels import needed_kernels
 from hybrid_runtime.model.kv_cache import KvCache, KvDtype, check_kv_dtype
+from hybrid_runtime.model.trained_predictors import load_predictors, with_predictors
 from hybrid_runtime.model.weights import load_weights
 from hybrid_runtime.progress import NoProgress, Progress
+from hybrid_runtime.store.beside import beside, store_digest
 from hybrid_runtime.store.memory import LoadMode
+from hybrid_runtime.store.predictor_files import PREDICTOR_FOLDER, PredictorHeader, has_predictors, read_header
 from hybrid_runtime.store.reader import Store
 from hybrid_runtime.stores import ModelRequest, find_model, load_store_tokenizer
 from hybrid_runtime.text.chat import Message, render_chat
@@ -60,7 +63,7 @@ def _say_nothing(message: str) -> None:
 class LoadOptions:
     """How a model is loaded. Each None means that the model or the machine decides.
 
-    ram_bytes: the promised peak of the process. num_positions: the context in tokens. predictor: mask, off or gate.
+    ram_bytes: the promised peak of the process. num_positions: the context in tokens. predictor: a PredictorMode.
     kv_dtype: f32 for an f32 store, else f16. scores: whether `logits` will be asked for, which takes more memory.
     load: the weights are read into memory, or mapped (they count against ram_bytes all the same).
     threads: that compute; None asks for `default_threads`.
@@ -80,6 +83,14 @@ class LoadOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainedPredictors:
+    """Predictors that lie in a folder beside the store; not in memory yet."""
+
+    folder: Path
+    header: PredictorHeader
+
+
+@dataclass(frozen=True, slots=True)
 class OpenModel:
     """A store, and all that was decided about running it. No weight is in memory yet."""
 
@@ -91,11 +102,16 @@ class OpenModel:
     memory_plan: MemoryPlan
     num_threads: int
     kernels: KernelLibrary
+    trained: TrainedPredictors | None = None
 
     def load_sequence(self) -> TokenSequence:
         """The decoder with its weights, and an empty context."""
         config = self.store.manifest.config
         weights = load_weights(self.store, self.load)
+        if self.trained is not None:
+            config = replace(config, predictor_input=self.trained.header.input)
+            predictors = load_predictors(self.trained.folder, self.trained.header, config)
+            weights = with_predictors(weights, predictors)
         decoder = Decoder(config, weights, self.predictor_mode, Team(self.num_threads, self.kernels))
         return TokenSequence(decoder, KvCache(config, self.num_positions, self.kv_dtype))
 
@@ -124,10 +140,28 @@ def open_model(request: ModelRequest, options: LoadOptions, *, needs_tokenizer: 
     if num_positions > max(config.max_position_embeddings, LEAST_DEFAULT_POSITIONS):
         options.say(f"--ctx {num_positions}: the model was made for {config.max_position_embeddings} tokens")
     store = found.open(options.progress, options.say)
+    trained = None
+    if predictor_mode == "trained":
+        trained = find_predictors(store, cache_dir)
+        plan = replace(plan, weights=plan.weights + trained.header.num_bytes)
+        require_memory(plan, options.ram_bytes, available_ram_bytes())
     num_threads = options.threads or default_threads(store.num_bytes)
     kernels = KernelLibrary(options.say)
-    kernels.prepare(needed_kernels(config, store.manifest.quantization))
-    return OpenModel(store, predictor_mode, num_positions, kv_dtype, options.load, plan, num_threads, kernels)
+    rows = None if trained is None else trained.header.row_format
+    kernels.prepare(needed_kernels(config, store.manifest.quantization, rows))
+    return OpenModel(store, predictor_mode, num_positions, kv_dtype, options.load, plan, num_threads, kernels, trained)
+
+
+def find_predictors(store: Store, cache_dir: Path) -> TrainedPredictors:
+    """Those that were trained for the store. Raise UsageError where there are none, CheckpointError for broken ones."""
+    folder = beside(store, cache_dir) / PREDICTOR_FOLDER
+    if not has_predictors(folder):
+        name = store.manifest.model
+        raise UsageError(
+            f"--predictor trained: nobody has trained predictors for {name} yet; run hybrid-profile and "
+            f"hybrid-predictors train, or choose another --predictor"
+        )
+    return TrainedPredictors(folder, read_header(folder, store.manifest.config, store_digest(store)))
 
 
 class Engine:

@@ -58,8 +58,9 @@ ram_option = click.option(
 )
 predictor_option = click.option(
     "--predictor",
-    type=click.Choice(["mask", "off", "gate"]),
-    help="mask: compute only neurons that the checkpoint's predictor lets through; off: all; "
+    type=click.Choice(["mask", "trained", "off", "gate"]),
+    help="mask: compute only neurons that the checkpoint's predictor lets through; trained: that the predictors of "
+    "hybrid-predictors let through; off: all; "
     "gate: all gates, and the rest where the gate fires. [default: as the model was made]",
 )
 kv_cache_option = click.option(

@@ -30,8 +30,9 @@ from hybrid_runtime.model.rope_frequencies import rope_frequencies
 from hybrid_runtime.model.token_program import TokenProgram
 from hybrid_runtime.model.weights import DecoderLayer, DecoderWeights, Norm, Projection
 
-PredictorMode = Literal["mask", "off", "gate"]
+PredictorMode = Literal["mask", "trained", "off", "gate"]
 """mask: neurons that the checkpoint's predictor rules out are not computed (TurboSparse's own definition).
+trained: the same with the predictors that were trained for the store and lie beside it (hybrid-predictors).
 off: no predictor, every neuron counts. gate: the same, and every gate is computed before the rest of its neuron, which
 is spared where the gate does not fire (exact; the compiled kernels spare it in the other modes too)."""
 PREDICTOR_MODES: tuple[PredictorMode, ...] = get_args(PredictorMode)
@@ -68,6 +69,11 @@ class Decoder:
         self.counters = DecodeCounters(self.team)
         self._programs: weakref.WeakKeyDictionary[KvCache, TokenProgram] = weakref.WeakKeyDictionary()
 
+    @property
+    def masks(self) -> bool:
+        """Whether predictors rule neurons out."""
+        return self.predictor_mode in ("mask", "trained")
+
     @torch.inference_mode()
     def forward(
         self,
@@ -101,10 +107,9 @@ class Decoder:
         """The program of one token with this cache, prepared once."""
         program = self._programs.get(cache)
         if program is None:
-            masks = self.predictor_mode == "mask"
-            program = TokenProgram(self.config, self.weights, cache, self.team, masks=masks)
+            program = TokenProgram(self.config, self.weights, cache, self.team, masks=self.masks)
             self._programs[cache] = program
-            self.counters.watch(program, active_are_read=masks)
+            self.counters.watch(program, active_are_read=self.masks)
         return program
 
     def _rotation(self, num_positions: int) -> Rotation | None:
@@ -201,7 +206,7 @@ class Decoder:
         """One network over x: [n, H]. tokens: int64 [n], which of the batch they are; None: all."""
         ffn = self.weights.layers[layer_idx].experts[expert_idx]
         active = None
-        if self.predictor_mode == "mask":
+        if self.masks:
             assert ffn.predictor is not None
             active = ffn.predictor.active(predictor_input, self.team)  # [T, I]
         observe = None

@@ -81,7 +81,9 @@ class TokenProgram:
         self._lists = np.zeros((team.num_threads, 2, list_size), dtype=np.int32)
         self._selected = np.zeros((slots, config.intermediate_size), dtype=np.int32)
         self._counts = np.zeros((slots, -(-config.intermediate_size // ROWS_PER_BLOCK)), dtype=np.int64)
-        ranks = [ffn.predictor.rank for layer in weights.layers for ffn in layer.experts if ffn.predictor is not None]
+        ranks = (
+            [predictor.rank for layer in weights.layers for predictor in layer.low_rank_predictors()] if masks else []
+        )
         self._rank_width = _padded(max(ranks, default=1))
         self._predictor_hidden = self._floats(slots * self._rank_width)
         widest = max(_padded(hidden), _padded(heads), self._rank_width)
@@ -230,15 +232,16 @@ class TokenProgram:
         yield Operation(kernel("route"), "router", words(routing_words.NUM_WORDS, values))
 
     def _prediction(self, layer: DecoderLayer) -> Iterator[Operation]:
-        predictors = [ffn.predictor for ffn in layer.experts if ffn.predictor is not None]
-        assert len(predictors) == len(layer.experts)
+        predictors = layer.low_rank_predictors()
+        assert len({(predictor.threshold, predictor.has_relu) for predictor in predictors}) == 1
         x, norm = self._tap(self._config.predictor_input or "post_norm", layer)
         chosen = self._chosen if layer.router is not None else None
         slots = range(len(self._chosen))
         hidden = [self._predictor_hidden[slot * self._rank_width :] for slot in slots]
         first = [Projection(predictor.fc1, None) for predictor in predictors]
-        yield self._project("predictor", first, x, hidden, norm=norm, chosen=chosen, kind=linear_words.RELU)
-        second = [Projection(predictor.fc2, None) for predictor in predictors]
+        kind = linear_words.RELU if predictors[0].has_relu else linear_words.STORE
+        yield self._project("predictor", first, x, hidden, norm=norm, chosen=chosen, kind=kind)
+        second = [Projection(predictor.fc2, predictor.bias) for predictor in predictors]
         yield self._project(
             "predictor",
             second,

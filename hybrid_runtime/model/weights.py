@@ -9,6 +9,7 @@ import torch
 
 from hybrid_kernels.packed_matrix import Bundles, PackedMatrix
 from hybrid_predictors.mlp import MlpPredictor
+from hybrid_predictors.predictor import Predictor
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.model.weight_specs import ffn_names
 from hybrid_runtime.store.memory import LoadMode
@@ -33,10 +34,10 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
-    """One FFN, or one expert: its neurons, and the predictor that comes with the checkpoint."""
+    """One FFN, or one expert: its neurons, and the predictor that comes with the checkpoint or was trained for it."""
 
     bundles: Bundles
-    predictor: MlpPredictor | None
+    predictor: Predictor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,12 @@ class DecoderLayer:
     post_attention_layernorm: Norm
     router: PackedMatrix | None
     experts: tuple[FeedForward, ...]
+
+    def low_rank_predictors(self) -> list[MlpPredictor]:
+        """The experts' predictors; only this kind has kernels for one token."""
+        predictors = [ffn.predictor for ffn in self.experts if isinstance(ffn.predictor, MlpPredictor)]
+        assert len(predictors) == len(self.experts)
+        return predictors
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from hybrid_runtime.whole_files import write_whole
 FORMAT_NAME = "hybrid-runtime profile"
 FORMAT_VERSION = 1
 PROFILE = "profile.json"
+PROFILE_FOLDER = "profile"
 COUNTS = "counts.safetensors"
 REMEDY = "run hybrid-profile again"
 CHUNK_BYTES = 1 << 22

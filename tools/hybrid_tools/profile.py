@@ -27,8 +27,6 @@ if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
     from hybrid_runtime.engine import OpenModel
     from hybrid_runtime.profiling.profile import Profile
 
-PROFILE_FOLDER = "profile"
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -107,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(settings: Settings) -> int:
     if bool(settings.text) == bool(settings.merge):
         raise UsageError("give --text FILE to read text, or --merge DIR to add up profiles, and one of them only")
-    from hybrid_runtime.store.beside import beside  # noqa: PLC0415  # imports torch
+    from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER  # noqa: PLC0415  # imports torch
+    from hybrid_runtime.store.beside import beside  # noqa: PLC0415
 
     opened = _open(settings)
     folder = settings.output or beside(opened.store, _cache_dir(settings)) / PROFILE_FOLDER

@@ -131,7 +131,7 @@ def rows_of_a_token(monkeypatch, decoder, tokens):
 
     counts = [0, 0, 0]
 
-    def counting(x, bundles, activation, active=None, *, team):
+    def counting(x, bundles, activation, active=None, *, team, observe=None):
         gate = module.linear(x[-1:], bundles.gate_proj, bundles.gate_bias, team=team)[0] if bundles.has_gate else None
         up = module.linear(x[-1:], bundles.up_proj, bundles.up_bias, team=team)[0]
         among = torch.ones(len(up), dtype=torch.bool) if active is None else active[-1]
@@ -152,7 +152,7 @@ def rows_of_a_token(monkeypatch, decoder, tokens):
     x = decoder._embed(tokens[-1:], torch.tensor([cache.length]))
     rotation = decoder._rotation(cache.length + 1)
     for layer_idx, layer in enumerate(decoder.weights.layers):
-        x = decoder._layer(layer_idx, layer, x, torch.tensor([cache.length]), rotation, cache)
+        x = decoder._layer(layer_idx, layer, x, torch.tensor([cache.length]), rotation, cache, None)
     return counts
 
 
