@@ -21,18 +21,30 @@ from hybrid_runtime.store.predictor_files import LowRank, PredictorHeader, read_
 def load_predictors(folder: Path, header: PredictorHeader, config: ModelConfig) -> list[list[MlpPredictor]]:
     """By layer and expert, packed as the header says; one layer's weights are held unpacked at a time."""
     return [
-        [
-            pack_predictor(weights, header.row_format, layer.threshold, has_relu=header.has_relu)
-            for weights in read_layer(folder / header.data, config, layer_idx, layer.rank)
-        ]
+        pack_layer(
+            read_layer(folder / header.data, config, layer_idx, layer.rank),
+            header.row_format,
+            layer.threshold,
+            has_relu=header.has_relu,
+        )
         for layer_idx, layer in enumerate(header.layers)
     ]
 
 
-def pack_predictor(weights: LowRank, row_format: RowFormat, threshold: float, *, has_relu: bool) -> MlpPredictor:
-    """fc1 [rank, H] and fc2 [I, rank] as packed rows."""
-    fc1, fc2 = (_packed(matrix, row_format) for matrix in weights)
-    return MlpPredictor(fc1, fc2, threshold, has_relu=has_relu)
+def pack_layer(
+    experts: Sequence[LowRank], row_format: RowFormat, threshold: float, *, has_relu: bool
+) -> list[MlpPredictor]:
+    """fc1 [rank, H] and fc2 [I, rank] of every expert as packed rows; an fc1 that all have in common is held once."""
+    shared = _packed(experts[0][0], row_format)
+    return [
+        MlpPredictor(
+            shared if torch.equal(fc1, experts[0][0]) else _packed(fc1, row_format),
+            _packed(fc2, row_format),
+            threshold,
+            has_relu=has_relu,
+        )
+        for fc1, fc2 in experts
+    ]
 
 
 def with_predictors(weights: DecoderWeights, predictors: Sequence[Sequence[Predictor]]) -> DecoderWeights:

@@ -56,9 +56,8 @@ class Quality:
         )
 
 
-def measured(logits: torch.Tensor, active: torch.Tensor, threshold: float) -> Quality:
-    """logits: [n, I]; active: bool [n, I], what really fired."""
-    named = logits > threshold
+def measured_sets(named: torch.Tensor, active: torch.Tensor) -> Quality:
+    """named: bool [n, I], what was predicted to fire; active: bool [n, I], what did."""
     return Quality(float((named & active).sum()), float(active.sum()), float(named.sum()), float(active.numel()))
 
 

@@ -1,0 +1,212 @@
+"""hybrid-predictors: small networks that say which neurons a token needs.
+
+    hybrid-predictors train MODEL            from the profile that hybrid-profile left with the model
+    hybrid-predictors compare MODEL          the trained ones beside those that need no training
+    hybrid-predictors import MODEL FOLDER    PowerInfer's model_0.pt, model_1.pt, ...
+
+They lie with the model's store; `--predictor trained` of hybrid-run, -bench and -eval computes what they name. The
+weights carry the names of published checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hybrid_runtime import __version__
+from hybrid_runtime.cli.options import cache_dir_option, model_options, ram_option, threads_option
+from hybrid_runtime.cli.program import run_program, say
+from hybrid_runtime.errors import UsageError
+
+if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
+    from hybrid_runtime.engine import OpenModel
+    from hybrid_runtime.profiling.profile import Profile
+    from hybrid_tools.predictor_training.run import Outcome, PredictorRequest
+
+profile_option = click.option(
+    "--profile", "profile_folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False),
+    help="A profile of the model. [default: the one with its store]",
+)  # fmt: skip
+quant_option = click.option(
+    "--rows", type=click.Choice(["f32", "bf16", "q8", "q4"]), default="q4", show_default=True,
+    help="How the predictors' weights are packed.",
+)  # fmt: skip
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@click.group(name="hybrid-predictors", help="Train, import and compare predictors of a model's neurons.")
+@click.version_option(__version__, prog_name="hybrid-predictors")
+def command() -> None:
+    """Hold the subcommands."""
+
+
+def _model(subcommand: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every subcommand has."""
+    for option in (json_option, cache_dir_option, model_options, threads_option, ram_option):
+        subcommand = option(subcommand)
+    return click.argument("model")(subcommand)
+
+
+@command.command(
+    name="train",
+    help="Train predictors for MODEL (path, alias or repository id) on its profile's sample, wider and wider until all "
+    "that is asked holds on the profile's held-out text.",
+    context_settings={"max_content_width": 110},
+)
+@_model
+@profile_option
+@click.option(
+    "--recall", type=click.FloatRange(0.5, 0.9999), default=0.972, show_default=True, metavar="SHARE",
+    help="Of the neurons that fire, how many to find.",
+)  # fmt: skip
+@click.option(
+    "--max-named", type=click.FloatRange(1.0), default=1.6, show_default=True, metavar="RATIO",
+    help="Neurons named for one that fires.",
+)  # fmt: skip
+@click.option(
+    "--max-share", type=click.FloatRange(0.001, 1.0), default=0.1, show_default=True, metavar="SHARE",
+    help="The predictors' bytes over those of the neurons.",
+)  # fmt: skip
+@click.option(
+    "--max-loss", type=click.FloatRange(0.0), default=0.1, show_default=True, metavar="PERCENT",
+    help="Increase of the perplexity on held-out text.",
+)  # fmt: skip
+@click.option(
+    "--epochs", type=click.IntRange(1, 1000), default=16, show_default=True, metavar="N",
+    help="Passes over the sample for each layer.",
+)  # fmt: skip
+@quant_option
+@click.option("--linear", is_flag=True, help="Without the ReLU in between, as Deja Vu's.")
+@click.option("--restart", is_flag=True, help="Forget what an unfinished run has trained.")
+def train(  # noqa: D103
+    model: str,
+    profile_folder: Path | None,
+    recall: float,
+    max_named: float,
+    max_share: float,
+    max_loss: float,
+    epochs: int,
+    rows: str,
+    *,
+    linear: bool,
+    restart: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    from hybrid_runtime.stores import asked_quantization  # noqa: PLC0415  # imports torch
+    from hybrid_tools.predictor_training.run import PredictorRequest, train_predictors  # noqa: PLC0415
+
+    opened, profile, folder, source = _open(model, profile_folder, options)
+    request = PredictorRequest(
+        recall=recall,
+        most_named=max_named,
+        most_share=max_share,
+        most_loss=max_loss / 100,
+        row_format=asked_quantization(rows, None).weights,
+        num_epochs=epochs,
+        has_relu=not linear,
+        restarts=restart,
+    )
+    try:
+        outcome = train_predictors(opened, profile, source, folder, request, say)
+    except KeyboardInterrupt:
+        say("\nwhat was trained of whole layers is kept; the same command goes on from there")
+        raise
+    _show(outcome, request, folder, as_json=as_json)
+    return 0
+
+
+def _open(model: str, profile_folder: Path | None, options: dict[str, Any]) -> tuple[OpenModel, Profile, Path, Path]:
+    """The model in its exact mode, its profile, where predictors go, and where the profile lies."""
+    from hybrid_runtime.cli.loading import use_threads  # noqa: PLC0415  # imports torch
+    from hybrid_runtime.engine import LoadOptions, default_cache_dir, open_model  # noqa: PLC0415
+    from hybrid_runtime.machine import physical_cores, usable_cores  # noqa: PLC0415
+    from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER, has_profile, read_profile  # noqa: PLC0415
+    from hybrid_runtime.profiling.profile_file import read_header as read_profile_header  # noqa: PLC0415
+    from hybrid_runtime.progress import console_progress  # noqa: PLC0415
+    from hybrid_runtime.store.beside import beside, store_digest  # noqa: PLC0415
+    from hybrid_runtime.store.predictor_files import PREDICTOR_FOLDER  # noqa: PLC0415
+    from hybrid_runtime.stores import find_model  # noqa: PLC0415
+
+    cache_dir = options["cache_dir"] or default_cache_dir()
+    threads = options["threads"] or min(physical_cores(), usable_cores())
+    use_threads(threads)
+    request = _request(model, options)
+    store = find_model(request, cache_dir, console_progress(), needs_tokenizer=False).open(console_progress(), say)
+    source = profile_folder or beside(store, cache_dir) / PROFILE_FOLDER
+    if not has_profile(source):
+        raise UsageError(f"{source}: has no profile of {store.manifest.model}; run hybrid-profile {model} --text FILE")
+    profile = read_profile(source, store.manifest.config, store_digest(store))
+    load = LoadOptions(
+        ram_bytes=options["ram"],
+        num_positions=read_profile_header(source).window,
+        threads=threads,
+        cache_dir=cache_dir,
+        scores=True,
+        say=say,
+    )
+    opened = open_model(request, load, needs_tokenizer=False)
+    return opened, profile, beside(store, cache_dir) / PREDICTOR_FOLDER, source
+
+
+def _request(model: str, options: dict[str, Any]) -> Any:
+    from hybrid_runtime.stores import ModelRequest  # noqa: PLC0415  # imports torch
+
+    return ModelRequest(
+        model,
+        options["quant"],
+        options["group"],
+        options["ffn_activation"],
+        options["revision"],
+        options["offline"],
+    )
+
+
+def _show(outcome: Outcome, request: PredictorRequest, folder: Path, *, as_json: bool) -> None:
+    total, header = outcome.total, outcome.header
+    if as_json:
+        values = {
+            "folder": str(folder),
+            "recall": total.recall,
+            "precision": total.precision,
+            "named_for_one": total.density_ratio,
+            "predicted_density": total.predicted_density,
+            "true_density": total.true_density,
+            "share_of_bytes": outcome.share,
+            "perplexity": header.perplexity,
+            "exact_perplexity": header.exact_perplexity,
+            "loss": outcome.loss,
+            "loss_error": outcome.loss_error,
+            "misses": outcome.misses(request),
+            "ranks": [layer.rank for layer in header.layers],
+        }
+        click.echo(json.dumps(values))
+        return
+    click.echo("layer  rank  recall  precision  named, %  firing, %  named for one     bytes")
+    for layer_idx, (layer, quality) in enumerate(zip(header.layers, outcome.by_layer, strict=True)):
+        click.echo(
+            f"{layer_idx:5}  {layer.rank:4}  {quality.recall:6.4f}  {quality.precision:9.4f}  "
+            f"{100 * quality.predicted_density:8.2f}  {100 * quality.true_density:9.2f}  "
+            f"{quality.density_ratio:13.2f}  {layer.num_bytes:8}"
+        )
+    click.echo(
+        f"all: recall {total.recall:.4f}, {total.density_ratio:.2f} neurons named for one that fires, "
+        f"{100 * outcome.share:.1f} % of the neurons' bytes, perplexity {header.exact_perplexity:.3f} -> "
+        f"{header.perplexity:.3f} ({100 * outcome.loss:+.3f} +/- {100 * outcome.loss_error:.3f} %)"
+    )
+    for miss in outcome.misses(request):
+        say(f"not reached: {miss}; more text, more --epochs or a larger --max-share may help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; argv without the program's name."""
+    return run_program(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
