@@ -121,6 +121,51 @@ def train(  # noqa: D103
     return 0
 
 
+@command.command(
+    name="compare",
+    help="Predictors of every kind on the held-out text of MODEL's profile: the trained ones (mlp); the gate at 4 bits "
+    "(sign) and at low rank (svd), which need no training; the gate itself (exact-gate); the best possible (oracle) "
+    "and blind chance (random).",
+    context_settings={"max_content_width": 110},
+)
+@_model
+@profile_option
+@click.option(
+    "--recall", type=click.FloatRange(0.5, 0.9999), default=0.972, show_default=True, metavar="SHARE",
+    help="Of the neurons that fire, how many sign and svd have to find.",
+)  # fmt: skip
+def compare(  # noqa: D103
+    model: str, profile_folder: Path | None, recall: float, *, as_json: bool, **options: Any
+) -> int:
+    from hybrid_runtime.engine import TrainedPredictors  # noqa: PLC0415  # imports torch
+    from hybrid_runtime.store.beside import store_digest  # noqa: PLC0415
+    from hybrid_runtime.store.predictor_files import has_predictors, read_header  # noqa: PLC0415
+    from hybrid_tools.predictor_training.comparison import KindResult, compare_kinds  # noqa: PLC0415
+
+    opened, profile, folder, source = _open(model, profile_folder, options)
+    trained = None
+    if has_predictors(folder):
+        header = read_header(folder, opened.store.manifest.config, store_digest(opened.store))
+        trained = TrainedPredictors(folder, header)
+    else:
+        say(f"{folder}: nobody has trained predictors yet (hybrid-predictors train), so there is no row for them")
+
+    def show(row: KindResult) -> None:
+        if not as_json:
+            click.echo(
+                f"{row.kind:10}  {100 * row.share:8.1f}  {row.recall:6.4f}  {row.precision:9.4f}  "
+                f"{row.named_for_one:13.2f}  {row.perplexity:10.3f}  {100 * row.loss:+7.3f} +/- "
+                f"{100 * row.loss_error:.3f}"
+            )
+
+    if not as_json:
+        click.echo("kind        bytes, %  recall  precision  named for one  perplexity  change, %")
+    rows = compare_kinds(opened.load_sequence(), profile, source, trained, recall, show)
+    if as_json:
+        click.echo(json.dumps({"model": profile.model, "kinds": [row.to_json() for row in rows]}))
+    return 0
+
+
 def _open(model: str, profile_folder: Path | None, options: dict[str, Any]) -> tuple[OpenModel, Profile, Path, Path]:
     """The model in its exact mode, its profile, where predictors go, and where the profile lies."""
     from hybrid_runtime.cli.loading import use_threads  # noqa: PLC0415  # imports torch

@@ -1,0 +1,189 @@
+"""Predictors of every kind on the same held-out text, with the same recall to reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from hybrid_kernels.packed_matrix import Bundles
+from hybrid_kernels.quantization.row_format import RowFormat
+from hybrid_predictors.predictor import Predictor
+from hybrid_predictors.sketch import exact_gate, sign_sketch, svd_sketch
+from hybrid_predictors.study import OraclePredictor, RandomPredictor
+from hybrid_predictors.thresholds import Quality, curve, spend
+from hybrid_runtime.config import ModelConfig
+from hybrid_runtime.engine import TrainedPredictors
+from hybrid_runtime.evaluation.held_out import Losses, judged, window_losses
+from hybrid_runtime.generation.sequence import TokenSequence
+from hybrid_runtime.model.decoder import Decoder
+from hybrid_runtime.model.trained_predictors import load_predictors, with_predictors
+from hybrid_runtime.profiling.profile import Profile
+from hybrid_runtime.profiling.profile_file import read_samples
+
+Q4 = RowFormat("q4", 32)
+MOST_VALUES = 1 << 24  # neurons times tokens of a layer that thresholds are set on, 64 MiB of logits
+SVD_RANK_SHARE = 1 / 4  # of hidden_size, where no trained ones say how wide
+RANDOM_NAMES = 1.6  # neurons for one that fires
+
+Layers = list[list[Predictor]]
+OnKind = Callable[["KindResult"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class KindResult:
+    """One row of the table. num_bytes: of weights that a token's predictions can read, over all experts; share: over
+    the neurons' bytes; loss: relative increase of the perplexity, with its standard error.
+    """
+
+    kind: str
+    num_bytes: int
+    share: float
+    recall: float
+    precision: float
+    named_for_one: float
+    perplexity: float
+    loss: float
+    loss_error: float
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values."""
+        return asdict(self)
+
+
+def compare_kinds(
+    sequence: TokenSequence,
+    profile: Profile,
+    profile_folder: Path,
+    trained: TrainedPredictors | None,
+    recall: float,
+    on_kind: OnKind,
+) -> list[KindResult]:
+    """sequence: the model in its exact mode. The kinds that need a gate to decide are left out where it does not."""
+    config = sequence.decoder.config
+    kinds: dict[str, Callable[[], Layers]] = {}
+    if trained is not None:
+        kinds["mlp"] = lambda: [list(of_layer) for of_layer in load_predictors(trained.folder, trained.header, config)]
+    study = _Study(sequence, profile_folder, recall, trained)
+    kinds |= {"sign": study.sign, "svd": study.svd}
+    if config.activation.is_sparse:
+        kinds["exact-gate"] = study.exact_gate
+    kinds |= {"oracle": study.oracle, "random": lambda: study.random(profile)}
+    exact = window_losses(sequence, profile.held_out)
+    results = []
+    for kind, make in kinds.items():
+        results.append(_result(kind, sequence, profile, make(), exact))
+        on_kind(results[-1])
+    return results
+
+
+class _Study:
+    """Makes each kind's predictors for all layers, with thresholds that reach the recall."""
+
+    def __init__(
+        self, sequence: TokenSequence, profile_folder: Path, recall: float, trained: TrainedPredictors | None
+    ) -> None:
+        self._decoder = sequence.decoder
+        self._config = sequence.decoder.config
+        self._folder = profile_folder
+        self._recall = recall
+        self._ranks = None if trained is None else [layer.rank for layer in trained.header.layers]
+
+    def sign(self) -> Layers:
+        """The gate at 4 bits."""
+        return self._tuned(lambda _, bundles, __: sign_sketch(bundles, Q4))
+
+    def svd(self) -> Layers:
+        """The gate at the trained ones' ranks."""
+        default = max(1, round(self._config.hidden_size * SVD_RANK_SHARE))
+
+        def make(layer_idx: int, bundles: Bundles, inputs: torch.Tensor) -> Predictor:
+            rank = default if self._ranks is None else self._ranks[layer_idx]
+            return svd_sketch(bundles, inputs, min(rank, bundles.num_neurons, bundles.hidden_size), Q4)
+
+        return self._tuned(make)
+
+    def exact_gate(self) -> Layers:
+        """The gate, with the threshold of the activation."""
+        return self._each(lambda bundles: exact_gate(bundles, self._config.activation.threshold))
+
+    def oracle(self) -> Layers:
+        """Everything that fires and nothing else."""
+        return self._each(lambda bundles: OraclePredictor(bundles, self._config.activation))
+
+    def random(self, profile: Profile) -> Layers:
+        """As many neurons as good predictors name, drawn blindly."""
+        neurons = self._config.intermediate_size
+        return [
+            [
+                RandomPredictor(neurons, seed, 1 - RANDOM_NAMES * (1 - profile.zero_share(layer_idx)))
+                for seed in range(len(layer.experts))
+            ]
+            for layer_idx, layer in enumerate(self._decoder.weights.layers)
+        ]
+
+    def _each(self, make: Callable[[Bundles], Predictor]) -> Layers:
+        return [[make(ffn.bundles) for ffn in layer.experts] for layer in self._decoder.weights.layers]
+
+    def _tuned(self, make: Callable[[int, Bundles, torch.Tensor], Predictor]) -> Layers:
+        curves, layers = [], []
+        for layer_idx, layer in enumerate(self._decoder.weights.layers):
+            samples = read_samples(self._folder, self._config, layer_idx)
+            made, logits, fired = [], [], []
+            most = max(1, MOST_VALUES // (len(layer.experts) * self._config.intermediate_size))
+            for expert_idx, ffn in enumerate(layer.experts):
+                inputs, active = samples.of_expert(expert_idx, self._config.intermediate_size)
+                predictor = make(layer_idx, ffn.bundles, inputs)
+                made.append(predictor)
+                logits.append(predictor.logits(inputs[:most], self._decoder.team))
+                fired.append(active[:most])
+            layers.append(made)
+            curves.append(curve(logits, fired))
+        chosen = spend(curves, self._recall)
+        thresholds = [float(each.thresholds[idx]) for each, idx in zip(curves, chosen, strict=True)]
+        return [
+            [replace(predictor, threshold=threshold) for predictor in made]  # type: ignore[type-var]  # dataclasses all
+            for made, threshold in zip(layers, thresholds, strict=True)
+        ]
+
+
+def _result(
+    kind: str, sequence: TokenSequence, profile: Profile, predictors: Sequence[Sequence[Predictor]], exact: Losses
+) -> KindResult:
+    decoder = sequence.decoder
+    qualities, _ = judged(sequence, profile.held_out, predictors)
+    total: Quality = qualities[0]
+    for quality in qualities[1:]:
+        total = total + quality
+    weights = with_predictors(decoder.weights, predictors)
+    with_them = Decoder(_reading(decoder.config), weights, "trained", decoder.team)
+    losses = window_losses(TokenSequence(with_them, sequence.cache), profile.held_out)
+    num_bytes = sum(map(_layer_bytes, predictors))
+    neurons = sum(ffn.bundles.data.numel() for layer in decoder.weights.layers for ffn in layer.experts)
+    loss, error = losses.increase_over(exact)
+    return KindResult(
+        kind,
+        num_bytes,
+        num_bytes / neurons,
+        total.recall,
+        total.precision,
+        total.density_ratio,
+        losses.perplexity,
+        loss,
+        error,
+    )
+
+
+def _reading(config: ModelConfig) -> ModelConfig:
+    return replace(config, predictor_input=config.predictor_input or "post_norm")
+
+
+def _layer_bytes(predictors: Sequence[Predictor]) -> int:
+    """Of one layer's predictors, an fc1 that they share counted once."""
+    shared = [getattr(predictor, "fc1", None) for predictor in predictors]
+    total = sum(predictor.num_bytes for predictor in predictors)
+    if len(shared) > 1 and shared[0] is not None and all(each is shared[0] for each in shared):
+        total -= (len(shared) - 1) * shared[0].rows.numel()
+    return total
