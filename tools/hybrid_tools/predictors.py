@@ -26,6 +26,8 @@ from hybrid_runtime.errors import UsageError
 if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
     from hybrid_runtime.engine import OpenModel
     from hybrid_runtime.profiling.profile import Profile
+    from hybrid_runtime.store.reader import Store
+    from hybrid_runtime.stores import ModelRequest
     from hybrid_tools.predictor_training.run import Outcome, PredictorRequest
 
 profile_option = click.option(
@@ -166,6 +168,35 @@ def compare(  # noqa: D103
     return 0
 
 
+@command.command(
+    name="import",
+    help="Read PowerInfer's predictors of MODEL (a dense one): FOLDER holds model_0.pt, model_1.pt, ... and maybe a "
+    "config.json with sparse_threshold. Nothing in these files is run.",
+    context_settings={"max_content_width": 110},
+)
+@_model
+@click.argument("source", metavar="FOLDER", type=click.Path(path_type=Path))
+@quant_option
+def import_(model: str, source: Path, rows: str, *, as_json: bool, **options: Any) -> int:  # noqa: D103
+    from hybrid_runtime.engine import default_cache_dir  # noqa: PLC0415  # imports torch
+    from hybrid_runtime.sizes import format_bytes  # noqa: PLC0415
+    from hybrid_runtime.store.beside import beside  # noqa: PLC0415
+    from hybrid_runtime.store.predictor_files import PREDICTOR_FOLDER  # noqa: PLC0415
+    from hybrid_runtime.stores import asked_quantization  # noqa: PLC0415
+    from hybrid_tools.predictor_training.importing import import_powerinfer  # noqa: PLC0415
+
+    store = _store(model, options)
+    folder = beside(store, options["cache_dir"] or default_cache_dir()) / PREDICTOR_FOLDER
+    header = import_powerinfer(store, source, folder, asked_quantization(rows, None).weights)
+    ranks = [layer.rank for layer in header.layers]
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), "num_bytes": header.num_bytes, "ranks": ranks}))
+    else:
+        say(f"{len(ranks)} layers, ranks {min(ranks)} to {max(ranks)}, {format_bytes(header.num_bytes)}")
+        click.echo(str(folder))
+    return 0
+
+
 def _open(model: str, profile_folder: Path | None, options: dict[str, Any]) -> tuple[OpenModel, Profile, Path, Path]:
     """The model in its exact mode, its profile, where predictors go, and where the profile lies."""
     from hybrid_runtime.cli.loading import use_threads  # noqa: PLC0415  # imports torch
@@ -173,16 +204,13 @@ def _open(model: str, profile_folder: Path | None, options: dict[str, Any]) -> t
     from hybrid_runtime.machine import physical_cores, usable_cores  # noqa: PLC0415
     from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER, has_profile, read_profile  # noqa: PLC0415
     from hybrid_runtime.profiling.profile_file import read_header as read_profile_header  # noqa: PLC0415
-    from hybrid_runtime.progress import console_progress  # noqa: PLC0415
     from hybrid_runtime.store.beside import beside, store_digest  # noqa: PLC0415
     from hybrid_runtime.store.predictor_files import PREDICTOR_FOLDER  # noqa: PLC0415
-    from hybrid_runtime.stores import find_model  # noqa: PLC0415
 
     cache_dir = options["cache_dir"] or default_cache_dir()
     threads = options["threads"] or min(physical_cores(), usable_cores())
     use_threads(threads)
-    request = _request(model, options)
-    store = find_model(request, cache_dir, console_progress(), needs_tokenizer=False).open(console_progress(), say)
+    store = _store(model, options)
     source = profile_folder or beside(store, cache_dir) / PROFILE_FOLDER
     if not has_profile(source):
         raise UsageError(f"{source}: has no profile of {store.manifest.model}; run hybrid-profile {model} --text FILE")
@@ -195,11 +223,21 @@ def _open(model: str, profile_folder: Path | None, options: dict[str, Any]) -> t
         scores=True,
         say=say,
     )
-    opened = open_model(request, load, needs_tokenizer=False)
+    opened = open_model(_request(model, options), load, needs_tokenizer=False)
     return opened, profile, beside(store, cache_dir) / PREDICTOR_FOLDER, source
 
 
-def _request(model: str, options: dict[str, Any]) -> Any:
+def _store(model: str, options: dict[str, Any]) -> Store:
+    from hybrid_runtime.engine import default_cache_dir  # noqa: PLC0415  # imports torch
+    from hybrid_runtime.progress import console_progress  # noqa: PLC0415
+    from hybrid_runtime.stores import find_model  # noqa: PLC0415
+
+    cache_dir = options["cache_dir"] or default_cache_dir()
+    found = find_model(_request(model, options), cache_dir, console_progress(), needs_tokenizer=False)
+    return found.open(console_progress(), say)
+
+
+def _request(model: str, options: dict[str, Any]) -> ModelRequest:
     from hybrid_runtime.stores import ModelRequest  # noqa: PLC0415  # imports torch
 
     return ModelRequest(

@@ -1,0 +1,269 @@
+"""hybrid-predictors: from a profile to predictors that decoding uses, beside other kinds, and PowerInfer's."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+from hybrid_runtime.config import ModelConfig
+from hybrid_runtime.engine import LoadOptions, open_model
+from hybrid_runtime.model.decoder import Decoder
+from hybrid_runtime.model.kv_cache import KvCache
+from hybrid_runtime.store.predictor_files import PREDICTORS
+from hybrid_runtime.stores import ModelRequest
+from hybrid_tools.convert import main as convert
+from hybrid_tools.predictors import main
+from hybrid_tools.profile import main as profile
+from tests.hybrid_runtime.small_models import LLAMA, TURBOSPARSE, write_model
+
+DENSE = LLAMA | {"architectures": ["BambooForCausalLM"], "model_type": "bamboo", "hidden_act": "relu"}
+TEXT = "Hello world, once upon a time there was a neuron and the others and a layer. " * 60
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """A dense model and a mixture as stores with profiles."""
+    folder = tmp_path_factory.mktemp("stores")
+    (folder / "text").write_text(TEXT)
+    for name, config in (("dense", DENSE), ("mixture", TURBOSPARSE)):
+        write_model(folder / f"{name}-checkpoint", config)
+        assert convert([str(folder / f"{name}-checkpoint"), "-o", str(folder / name)]) == 0
+        options = ["--text", str(folder / "text"), "--window", "64", "--tokens", "2048", "--threads", "1"]
+        assert profile([str(folder / name), *options]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(stores, capsys):
+    def run(*arguments):
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err.splitlines()
+
+    return run
+
+
+EASY = (
+    "--rows",
+    "q8",
+    "--recall",
+    "0.9",
+    "--max-named",
+    "100",
+    "--max-share",
+    "1",
+    "--max-loss",
+    "100",
+    "--epochs",
+    "2",
+)
+
+
+@pytest.mark.parametrize("name", ["dense", "mixture"])
+def test_trained_predictors_are_what_decoding_computes_with(name, stores, run):
+    code, out, err = run("train", stores / name, *EASY, "--threads", "1")
+    assert code == 0, err
+    assert out.splitlines()[-1].startswith("all: recall 0.")
+    request = ModelRequest(str(stores / name))
+    decoders = {}
+    for mode in ("trained", "off"):
+        opened = open_model(request, LoadOptions(num_positions=64, predictor=mode, threads=1))
+        decoders[mode] = opened.load_sequence().decoder
+    tokens = torch.arange(5, 45)
+    config = decoders["off"].config
+    cache = KvCache(config, 64, "f32")
+    batch = decoders["trained"].forward(tokens, cache, all_logits=True)
+    steps = KvCache(config, 64, "f32")
+    alone = torch.cat([decoders["trained"].forward(token.view(1), steps) for token in tokens])
+    # a logit at the threshold may fall to either side, so not all tokens need agree: most do
+    assert ((batch - alone).norm(dim=1) <= 1e-3 * batch.norm(dim=1)).float().mean() > 0.7
+    exact = decoders["off"].forward(tokens, KvCache(config, 64, "f32"), all_logits=True)
+    assert not torch.equal(batch, exact)  # something is ruled out
+    counters = decoders["trained"].counters
+    assert counters.up_rows < len(tokens) * config.num_hidden_layers * max(1, config.num_experts_per_tok) * (
+        config.intermediate_size
+    )
+
+
+def test_run_that_did_not_reach_what_was_asked_says_so(stores, run):
+    code, out, err = run("train", stores / "dense", *EASY[:-8], "--max-named", "1", "--epochs", "1", "--json")
+    assert code == 0, err
+    answer = json.loads(out)
+    assert any("neurons named for one that fires, wanted 1" in miss for miss in answer["misses"])
+    assert 0 < answer["recall"] <= 1
+    assert len(answer["ranks"]) == DENSE["num_hidden_layers"]
+
+
+def test_killed_run_goes_on_with_the_layers_that_are_left(stores, run, monkeypatch, tmp_path):
+    from hybrid_tools.predictor_training import run as module  # noqa: PLC0415
+
+    shutil.copytree(stores / "dense", tmp_path / "dense")
+    found, calls = module.train_layer, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return found(*arguments)
+
+    monkeypatch.setattr(module, "train_layer", interrupted)
+    arguments = ("train", tmp_path / "dense", *EASY, "--threads", "1")
+    code, _, err = run(*arguments)
+    assert code == 130
+    assert "what was trained of whole layers is kept" in " ".join(err)
+    code, out, _ = run(*arguments)
+    assert code == 0
+    assert len(calls) == 3  # the first layer is not trained again
+    monkeypatch.setattr(module, "train_layer", found)
+    shutil.rmtree(tmp_path / "dense" / "predictors")
+    assert run(*arguments)[1] == out
+
+
+def test_kinds_stand_side_by_side(stores, run):
+    assert run("train", stores / "dense", *EASY, "--threads", "1")[0] == 0
+    code, out, _ = run("compare", stores / "dense", "--json", "--recall", "0.9", "--threads", "1")
+    kinds = {row["kind"]: row for row in json.loads(out)["kinds"]}
+    assert code == 0
+    assert list(kinds) == ["mlp", "sign", "svd", "exact-gate", "oracle", "random"]
+    assert kinds["oracle"]["recall"] == kinds["oracle"]["precision"] == kinds["exact-gate"]["recall"] == 1
+    assert abs(kinds["oracle"]["loss"]) < 1e-4
+    assert kinds["exact-gate"]["precision"] < 1
+    for kind in ("sign", "svd"):
+        assert kinds[kind]["recall"] > 0.8
+    assert kinds["random"]["recall"] < 0.6
+
+
+def powerinfer(folder, config: ModelConfig, rank=6, threshold=None):
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for layer_idx in range(config["num_hidden_layers"]):
+        state = {
+            "fc1.weight": torch.randn(rank, config["hidden_size"], generator=generator),
+            "fc2.weight": torch.randn(config["intermediate_size"], rank, generator=generator),
+        }
+        torch.save(state, folder / f"model_{layer_idx}.pt")
+    if threshold is not None:
+        (folder / "config.json").write_text(json.dumps({"sparse_threshold": threshold}))
+    return folder
+
+
+def test_powerinfers_predictors_are_imported_and_run(stores, run, tmp_path):
+    source = powerinfer(tmp_path / "predictors", DENSE, threshold=-0.5)
+    code, out, err = run("import", stores / "dense", source, "--rows", "f32")
+    assert code == 0, err
+    header = json.loads((stores / "dense" / "predictors" / PREDICTORS).read_text())
+    assert out.strip() == str(stores / "dense" / "predictors")
+    assert header["input"] == "pre_norm"
+    assert [layer["threshold"] for layer in header["layers"]] == [-0.5, -0.5]
+    opened = open_model(ModelRequest(str(stores / "dense")), LoadOptions(num_positions=64, predictor="trained"))
+    decoder: Decoder = opened.load_sequence().decoder
+    weights = torch.load(source / "model_1.pt", weights_only=True)
+    predictor = decoder.weights.layers[1].experts[0].predictor
+    inputs = torch.randn(4, DENSE["hidden_size"])
+    expected = torch.relu(inputs @ weights["fc1.weight"].bfloat16().float().T) @ weights[
+        "fc2.weight"
+    ].bfloat16().float().T  # fmt: skip
+    torch.testing.assert_close(predictor.logits(inputs, decoder.team), expected, atol=1e-4, rtol=1e-4)
+    tokens = torch.arange(5, 25)
+    assert decoder.forward(tokens, KvCache(decoder.config, 64, "f32")).isfinite().all()
+
+
+def test_layers_are_imported_in_the_order_of_their_numbers(tmp_path):
+    from hybrid_tools.predictor_training.powerinfer import predictor_files  # noqa: PLC0415
+
+    config = type("Config", (), {"num_experts": 0, "num_hidden_layers": 12})
+    for idx in range(12):
+        (tmp_path / f"model_{idx}.pt").touch()
+    assert [path.name for path in predictor_files(tmp_path, config)] == [f"model_{idx}.pt" for idx in range(12)]
+
+
+class Planted:
+    """Pickles into a call that leaves a file behind."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda source: (source / "model_1.pt").unlink(),
+            r"lacks or adds model_1\.pt; expected model_0\.pt to model_1",
+        ),
+        (lambda source: (source / "model_2.pt").touch(), r"lacks or adds model_2\.pt"),
+        (lambda source: (source / "model_0.pt").write_bytes(b"no archive"), r"model_0\.pt: is not a file that torch"),
+        (
+            lambda source: torch.save({"fc1.weight": torch.ones(2, 2)}, source / "model_0.pt"),
+            "does not hold fc1.weight",
+        ),
+        (
+            lambda source: torch.save(
+                {"fc1.weight": torch.ones(2, 9), "fc2.weight": torch.ones(48, 2)}, source / "model_0.pt"
+            ),
+            r"fc1 is \(2, 9\) and fc2 \(48, 2\), expected \(rank, 32\)",
+        ),
+        (
+            lambda source: torch.save(
+                {"fc1.weight": torch.full((2, 32), torch.nan), "fc2.weight": torch.ones(48, 2)}, source / "model_0.pt"
+            ),
+            r"fc1.weight holds NaN or Inf",
+        ),
+        (lambda source: torch.save(Planted(source / "ran"), source / "model_0.pt"), "holds more than tensors"),
+        (
+            lambda source: torch.save(torch.zeros(10_000_000), source / "model_0.pt"),
+            r"is 40\d+ bytes, expected at most",
+        ),
+        (lambda source: (source / "config.json").write_text('{"sparse_threshold": "a"}'), "sparse_threshold is 'a'"),
+    ],
+    ids=["missing", "additional", "no-archive", "names", "shapes", "nan", "code", "size", "threshold"],
+)
+def test_files_that_are_no_predictors_are_refused_by_name(stores, run, tmp_path, spoil, message):
+    source = powerinfer(tmp_path / "predictors", DENSE)
+    spoil(source)
+    code, out, err = run("import", stores / "dense", source)
+    assert (code, out) == (2, "")
+    assert len(err) == 1
+    assert re.search(message, err[0]), err
+    assert not (source / "ran").exists()
+
+
+def test_mixtures_have_no_predictors_of_powerinfers(stores, run, tmp_path):
+    code, _, err = run("import", stores / "mixture", powerinfer(tmp_path / "predictors", DENSE))
+    assert code == 2
+    assert "this one has experts" in err[0]
+
+
+def test_what_is_missing_is_named_with_what_makes_it(stores, run, tmp_path, capsys):
+    shutil.copytree(stores / "dense", tmp_path / "dense", ignore=shutil.ignore_patterns("profile", "predictors"))
+    code, _, err = run("train", tmp_path / "dense")
+    assert code == 2
+    assert "run hybrid-profile" in err[-1]
+    from hybrid_runtime.cli.run import main as hybrid_run  # noqa: PLC0415
+
+    assert hybrid_run(["--model", str(tmp_path / "dense"), "-p", "Hello", "--predictor", "trained"]) == 2
+    assert "nobody has trained predictors for dense-checkpoint yet" in capsys.readouterr().err
+
+
+def test_damaged_predictors_are_refused_by_name(stores, run, tmp_path):
+    assert run("train", stores / "dense", *EASY, "--threads", "1")[0] == 0
+    for file, spoil, message in (
+        (PREDICTORS, lambda path: path.write_text("{}"), "is None version None, expected 'hybrid-runtime predictors'"),
+        (PREDICTORS, lambda path: path.write_text(path.read_text().replace('"rank": ', '"rank": -')), "has rank -"),
+        ("data-*/layer-00001.safetensors", lambda path: path.unlink(), "layer-00001.safetensors: is missing"),
+        ("data-*/layer-00000.safetensors", lambda path: path.write_bytes(b"x"), "cannot be read as safetensors"),
+    ):
+        folder = tmp_path / message[:9]
+        shutil.copytree(stores / "dense", folder)
+        (path,) = (folder / "predictors").glob(file)
+        spoil(path)
+        code, _, err = run("compare", folder, "--threads", "1")
+        assert code == 2
+        assert message in err[-1]
+        assert "run hybrid-predictors train again" in err[-1]
