@@ -135,6 +135,16 @@ def _processors(root: Path) -> list[dict[str, str]]:
     return [entry for entry in entries if "processor" in entry]  # ARM and POWER add a paragraph about the board
 
 
+def cache_bytes(root: Path = ROOT) -> int:
+    """Of the largest cache that a processor reaches, maybe with others; 0 where the system does not tell."""
+    folders = (root / "sys/devices/system/cpu/cpu0/cache").glob("index*")
+    sizes = [_read(folder / "size") or "" for folder in folders if _read(folder / "type") != "Instruction"]
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return max(
+        (int(size[:-1]) * units[size[-1]] for size in sizes if size[:-1].isdecimal() and size[-1] in units), default=0
+    )
+
+
 def total_ram_bytes(root: Path = ROOT) -> int:
     """RAM of the whole machine."""
     total = _kib_field(root / "proc/meminfo", "MemTotal")

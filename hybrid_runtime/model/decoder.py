@@ -20,7 +20,7 @@ from hybrid_kernels.quantization.op import dequantize_rows
 from hybrid_kernels.rope.op import apply_rope
 from hybrid_kernels.routing.op import route
 from hybrid_kernels.sparse_ffn.op import sparse_ffn
-from hybrid_kernels.team import Team
+from hybrid_kernels.team import Program, Team
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import UsageError
 from hybrid_runtime.model.counters import DecodeCounters
@@ -102,6 +102,10 @@ class Decoder:
         cache.length += len(tokens)
         x = self._norm(x if all_logits else x[-1:], self.weights.norm)
         return linear(x, self.weights.lm_head, team=self.team)
+
+    def program_of(self, cache: KvCache) -> Program:
+        """The operations of one token with this cache, with their time counters."""
+        return self._program(cache).program
 
     def _program(self, cache: KvCache) -> TokenProgram:
         """The program of one token with this cache, prepared once."""

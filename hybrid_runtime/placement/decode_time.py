@@ -1,0 +1,160 @@
+"""How long one decoded token takes: bytes over measured speeds, and operations times what each costs besides.
+
+On the CPU alone every part follows the one before, so the sum is the prediction. Where a GPU takes part, a placement
+problem gets seconds for each active neuron (`layer_costs`) and adds the layers up itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from hybrid_runtime.benchmarking.bytes_touched import BytesTouched, NeuronRows, bytes_touched
+from hybrid_runtime.config import ModelConfig
+from hybrid_runtime.model.kv_cache import KvDtype
+from hybrid_runtime.placement.problem import LayerCosts
+from hybrid_runtime.speeds.gpu import GpuSpeeds
+from hybrid_runtime.speeds.kernel_speeds import KernelSpeeds
+from hybrid_runtime.speeds.machine_speeds import MachineSpeeds
+from hybrid_runtime.store.manifest import Manifest
+
+CACHED_SHARE = 0.75  # of the last level's cache: what a model can take of it and still be read from there
+READ_BYTES = 4096  # of a disk: bundles are read in whole pages
+LAUNCHES_PER_LAYER = 3  # of a layer's hot neurons: gate and up, down, merge
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTime:
+    """Seconds of one token by part; `attention` has the projections, `kv_cache` scores and mixing."""
+
+    embedding: float
+    attention: float
+    kv_cache: float
+    router: float
+    predictor: float
+    neurons: float
+    head: float
+
+    @property
+    def total_s(self) -> float:
+        """All of them."""
+        return float(sum(asdict(self).values()))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of decoding alone."""
+        return 1 / self.total_s
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConditions:
+    """rows: that one token reads, summed over layers; every_gate: whether the gates of all neurons are read, side by
+    side, or those of named ones; mean_length: tokens that a token looks back on, its own included.
+    """
+
+    rows: NeuronRows
+    every_gate: bool
+    uses_predictor: bool
+    mean_length: float
+    kv_dtype: KvDtype
+
+
+def predict_decode_time(manifest: Manifest, speeds: MachineSpeeds, conditions: DecodeConditions) -> DecodeTime:
+    """For the CPU alone."""
+    config = manifest.config
+    touched = bytes_touched(
+        manifest,
+        conditions.rows,
+        uses_predictor=conditions.uses_predictor,
+        mean_length=conditions.mean_length,
+        kv_dtype=conditions.kv_dtype,
+    )
+    kernel = speeds.kernel(manifest.quantization.weights)
+    dense, sparse = _bytes_per_s(manifest, speeds, kernel)
+    operations = _operations(config, conditions)
+    looked_at = _positions(config, conditions.mean_length) * config.num_attention_heads * config.head_dim
+    num_rows = conditions.rows.gate + conditions.rows.up + conditions.rows.down
+    extra = {name: count * kernel.operation_s for name, count in operations.items()}
+    return DecodeTime(
+        embedding=extra["embedding"] + touched.embedding / dense,
+        attention=extra["attention"] + (touched.attention + touched.norms) / dense,
+        kv_cache=extra["kv_cache"] + touched.kv_cache / dense + looked_at * kernel.attention_value_s,
+        router=extra["router"] + touched.router / dense,
+        predictor=extra["predictor"] + touched.predictor / dense,
+        neurons=extra["neurons"] + _neurons_s(manifest, conditions, touched, dense, sparse) + num_rows * kernel.row_s,
+        head=extra["head"] + touched.head / dense,
+    )
+
+
+def layer_costs(
+    manifest: Manifest, speeds: MachineSpeeds, gpu: GpuSpeeds | None, *, gates_per_firing: float
+) -> LayerCosts:
+    """Seconds per firing neuron, alike in all layers. gates_per_firing: gates that are read for one that fires.
+
+    The GPU reads at its memory's speed and pays its launches with the sync: one copy of the input there, one of the
+    partial sums (merge `output`: hidden_size floats) or of indices and values (`hidden`) over the bus.
+    """
+    config, kernel = manifest.config, speeds.kernel(manifest.quantization.weights)
+    row = manifest.quantization.weights.row_bytes(config.hidden_size)
+    _, sparse = _bytes_per_s(manifest, speeds, kernel)
+    gates = gates_per_firing * row if config.activation.is_gated else 0.0
+    bundle_bytes = gates + 2 * row
+    pages = -(-bundle_bytes // READ_BYTES)
+    disk_s = max(pages / speeds.disk.small_reads_per_s, bundle_bytes / speeds.disk.bytes_per_s)
+    if gpu is None:
+        return LayerCosts(bundle_bytes / sparse, (gates + row) / sparse, disk_s, 0.0, 0.0, 0.0, 0.0)
+    vector_s = config.hidden_size * 4 / gpu.to_gpu_bytes_per_s
+    sync_s = gpu.round_trip_s + LAUNCHES_PER_LAYER * gpu.launch_s + 2 * vector_s
+    return LayerCosts(
+        cpu_s=bundle_bytes / sparse,
+        cpu_without_down_s=(gates + row) / sparse + 8 / gpu.to_gpu_bytes_per_s,
+        disk_s=disk_s,
+        gpu_s=bundle_bytes / gpu.memory_bytes_per_s,
+        gpu_down_s=row / gpu.memory_bytes_per_s,
+        sync_s=sync_s,
+        hidden_sync_s=gpu.round_trip_s + LAUNCHES_PER_LAYER * gpu.launch_s + vector_s,
+    )
+
+
+def _neurons_s(
+    manifest: Manifest, conditions: DecodeConditions, touched: BytesTouched, dense: float, sparse: float
+) -> float:
+    """Gates of all neurons lie side by side only where they are read alone; bundles interleave them with the rest."""
+    if not conditions.every_gate:
+        return touched.neurons / sparse
+    row = manifest.quantization.weights.row_bytes(manifest.config.hidden_size)
+    gates = conditions.rows.gate * row
+    return gates / _strided(dense, sparse) + (touched.neurons - gates) / sparse
+
+
+def _strided(dense: float, sparse: float) -> float:
+    """Bytes a second of one row in three: known places, so they are prefetched, but no long runs."""
+    return (dense + sparse) / 2
+
+
+def _bytes_per_s(manifest: Manifest, speeds: MachineSpeeds, kernel: KernelSpeeds) -> tuple[float, float]:
+    """Of rows side by side and of single neurons' rows: the caches' where they hold what tokens read."""
+    embedding = sum(part.num_bytes for part in manifest.parts if part.file == "embed.bin")
+    held = sum(part.num_bytes for part in manifest.parts) - (0 if manifest.config.tie_word_embeddings else embedding)
+    if held <= CACHED_SHARE * speeds.cache_bytes:
+        return kernel.cached_bytes_per_s, kernel.cached_bytes_per_s
+    return kernel.dense_bytes_per_s, kernel.sparse_bytes_per_s
+
+
+def _positions(config: ModelConfig, mean_length: float) -> float:
+    """Positions that a token looks at, over all layers."""
+    windows = [config.window(layer_idx) for layer_idx in range(config.num_hidden_layers)]
+    return sum(mean_length if window is None else min(mean_length, window) for window in windows)
+
+
+def _operations(config: ModelConfig, conditions: DecodeConditions) -> dict[str, int]:
+    """Of token_program.py, by part."""
+    layers = config.num_hidden_layers
+    return {
+        "embedding": 1,
+        "attention": 2 * layers,
+        "kv_cache": layers,
+        "router": 2 * layers if config.num_experts else 0,
+        "predictor": 2 * layers if conditions.uses_predictor else 0,
+        "neurons": 2 * layers,
+        "head": 1,
+    }

@@ -1,0 +1,127 @@
+"""What was measured of this machine, once: in the user's cache, under a name that follows from the hardware.
+
+Another processor, GPU, number of cores, amount of memory or version of our kernels measures anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hybrid_kernels.bandwidth.op import read_bandwidth
+from hybrid_kernels.native.instruction_sets import instruction_set
+from hybrid_kernels.native.load import cache_key
+from hybrid_kernels.quantization.row_format import RowFormat
+from hybrid_kernels.team import Team
+from hybrid_runtime.errors import CheckpointError
+from hybrid_runtime.machine import Machine, cache_bytes
+from hybrid_runtime.speeds.disk import DiskSpeeds, measure_disk
+from hybrid_runtime.speeds.gpu import GpuSpeeds, measure_gpu
+from hybrid_runtime.speeds.kernel_speeds import KernelSpeeds, measure_kernel_speeds
+from hybrid_runtime.strict_json import parse_json_object
+from hybrid_runtime.typed_json import from_json
+from hybrid_runtime.whole_files import write_whole
+
+FORMAT_VERSION = 1
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpeeds:
+    """measured_at: UTC. memory_bytes_per_s: read by num_threads threads; cache_bytes: of the last level of caches.
+
+    kernels: of the row formats that were asked for so far. gpu: None where there is none.
+    """
+
+    version: int
+    identity: str
+    measured_at: str
+    cpu_name: str
+    num_threads: int
+    cache_bytes: int
+    memory_bytes_per_s: float
+    disk: DiskSpeeds
+    gpu: GpuSpeeds | None
+    kernels: tuple[KernelSpeeds, ...]
+
+    def kernel(self, row_format: RowFormat) -> KernelSpeeds:
+        """Of one row format, which must have been measured."""
+        return next(each for each in self.kernels if each.row_format == row_format)
+
+
+def machine_speeds(
+    machine: Machine,
+    row_format: RowFormat,
+    num_threads: int,
+    cache_dir: Path,
+    say: Say,
+    *,
+    measures_again: bool = False,
+) -> MachineSpeeds:
+    """What the cache holds, and what it lacks measured now. Takes some ten seconds the first time."""
+    identity = _identity(machine, num_threads)
+    path = cache_dir / f"speeds-{identity[:16]}.json"
+    speeds = None if measures_again else _read(path, identity)
+    if speeds is None:
+        say("measuring this machine's memory, disk and GPU, once ...")
+        speeds = _measure(machine, identity, num_threads, cache_dir)
+    if all(each.row_format != row_format for each in speeds.kernels):
+        say(f"measuring this machine's kernels for {row_format}, once ...")
+        speeds = replace(speeds, kernels=(*speeds.kernels, measure_kernel_speeds(row_format, num_threads, say)))
+        write_whole(path, (json.dumps(asdict(speeds), indent=1) + "\n").encode())
+    return speeds
+
+
+def _measure(machine: Machine, identity: str, num_threads: int, cache_dir: Path) -> MachineSpeeds:
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    team = Team(num_threads)
+    try:
+        bandwidth = read_bandwidth(team)
+    finally:
+        team.close()
+    return MachineSpeeds(
+        version=FORMAT_VERSION,
+        identity=identity,
+        measured_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        cpu_name=machine.cpu_name,
+        num_threads=num_threads,
+        cache_bytes=cache_bytes(),
+        memory_bytes_per_s=bandwidth,
+        disk=measure_disk(cache_dir),
+        gpu=measure_gpu(),
+        kernels=(),
+    )
+
+
+def _read(path: Path, identity: str) -> MachineSpeeds | None:
+    """What was measured before; None where nothing usable was. A damaged file is measured anew."""
+    if not path.is_file():
+        return None
+    try:
+        speeds = from_json(MachineSpeeds, parse_json_object(path.read_bytes(), str(path)), path.name)
+    except (CheckpointError, TypeError, ValueError):
+        return None
+    return speeds if speeds.version == FORMAT_VERSION and speeds.identity == identity else None
+
+
+def _identity(machine: Machine, num_threads: int) -> str:
+    """Hex digest of everything that speeds follow from."""
+    parts = (
+        FORMAT_VERSION,
+        machine.cpu_name,
+        machine.physical_cores,
+        machine.usable_cores,
+        machine.total_ram_bytes,
+        machine.gpu_name,
+        machine.vram_bytes,
+        machine.torch_version,
+        instruction_set(),
+        cache_key(),
+        num_threads,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
