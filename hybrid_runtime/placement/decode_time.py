@@ -85,10 +85,8 @@ def predict_decode_time(manifest: Manifest, speeds: MachineSpeeds, conditions: D
     )
 
 
-def layer_costs(
-    manifest: Manifest, speeds: MachineSpeeds, gpu: GpuSpeeds | None, *, gates_per_firing: float
-) -> LayerCosts:
-    """Seconds per firing neuron, alike in all layers. gates_per_firing: gates that are read for one that fires.
+def layer_costs(manifest: Manifest, speeds: MachineSpeeds, gpu: GpuSpeeds | None) -> LayerCosts:
+    """Seconds per bundle that is read whole, alike in all layers.
 
     The GPU reads at its memory's speed and pays its launches with the sync: one copy of the input there, one of the
     partial sums (merge `output`: hidden_size floats) or of indices and values (`hidden`) over the bus.
@@ -96,23 +94,47 @@ def layer_costs(
     config, kernel = manifest.config, speeds.kernel(manifest.quantization.weights)
     row = manifest.quantization.weights.row_bytes(config.hidden_size)
     _, sparse = _bytes_per_s(manifest, speeds, kernel)
-    gates = gates_per_firing * row if config.activation.is_gated else 0.0
-    bundle_bytes = gates + 2 * row
+    rows = 3 if config.activation.is_gated else 2
+    bundle_bytes = rows * row
+    cpu_s = bundle_bytes / sparse + rows * kernel.row_s
     pages = -(-bundle_bytes // READ_BYTES)
     disk_s = max(pages / speeds.disk.small_reads_per_s, bundle_bytes / speeds.disk.bytes_per_s)
     if gpu is None:
-        return LayerCosts(bundle_bytes / sparse, (gates + row) / sparse, disk_s, 0.0, 0.0, 0.0, 0.0)
+        return LayerCosts(cpu_s, cpu_s * (rows - 1) / rows, disk_s, 0.0, 0.0, 0.0, 0.0)
     vector_s = config.hidden_size * 4 / gpu.to_gpu_bytes_per_s
     sync_s = gpu.round_trip_s + LAUNCHES_PER_LAYER * gpu.launch_s + 2 * vector_s
     return LayerCosts(
-        cpu_s=bundle_bytes / sparse,
-        cpu_without_down_s=(gates + row) / sparse + 8 / gpu.to_gpu_bytes_per_s,
+        cpu_s=cpu_s,
+        cpu_without_down_s=cpu_s * (rows - 1) / rows + 8 / gpu.to_gpu_bytes_per_s,
         disk_s=disk_s,
         gpu_s=bundle_bytes / gpu.memory_bytes_per_s,
         gpu_down_s=row / gpu.memory_bytes_per_s,
         sync_s=sync_s,
         hidden_sync_s=gpu.round_trip_s + LAUNCHES_PER_LAYER * gpu.launch_s + vector_s,
     )
+
+
+def gpu_part_seconds(touched: BytesTouched, config: ModelConfig, gpu: GpuSpeeds) -> dict[str, float]:
+    """Seconds of a token by kind of part, were all of it on the GPU: its bytes and three launches an operation."""
+    per_layer = 3 * gpu.launch_s * config.num_hidden_layers
+    speed = gpu.memory_bytes_per_s
+    return {
+        "attention": (touched.attention + touched.norms + touched.router) / speed + per_layer,
+        "KV cache": touched.kv_cache / speed,
+        "head": touched.head / speed + gpu.launch_s,
+        "predictors": touched.predictor / speed + per_layer,
+    }
+
+
+def cpu_part_seconds(time: DecodeTime) -> dict[str, float]:
+    """The same on the CPU, as predicted."""
+    return {
+        "embedding": time.embedding,
+        "attention": time.attention + time.router,
+        "KV cache": time.kv_cache,
+        "head": time.head,
+        "predictors": time.predictor,
+    }
 
 
 def _neurons_s(

@@ -63,7 +63,7 @@ def _model(subcommand: Callable[..., Any]) -> Callable[..., Any]:
 @_model
 @profile_option
 @click.option(
-    "--recall", type=click.FloatRange(0.5, 0.9999), default=0.972, show_default=True, metavar="SHARE",
+    "--recall", type=click.FloatRange(0.5, 0.9999), default=0.97, show_default=True, metavar="SHARE",
     help="Of the neurons that fire, how many to find.",
 )  # fmt: skip
 @click.option(
@@ -133,7 +133,7 @@ def train(  # noqa: D103
 @_model
 @profile_option
 @click.option(
-    "--recall", type=click.FloatRange(0.5, 0.9999), default=0.972, show_default=True, metavar="SHARE",
+    "--recall", type=click.FloatRange(0.5, 0.9999), default=0.97, show_default=True, metavar="SHARE",
     help="Of the neurons that fire, how many sign and svd have to find.",
 )  # fmt: skip
 def compare(  # noqa: D103

@@ -43,6 +43,7 @@ from hybrid_tools.predictor_training.ranks import ffn_bytes, grown_rank, initial
 
 VALIDATION_SHARE = 0.1
 INITIAL_SHARE = 0.8  # of the budget: the rest is given where it turns out to be missing
+MARGIN = 0.002  # thresholds are set for this much more recall than is asked: other text is a little harder
 LEAST_RECALL = 0.9  # of every layer: a layer that is sacrificed for others may matter more than its neurons' number
 LOCK = ".lock"
 WORK = "work"
@@ -218,7 +219,7 @@ class _Run:
         """Set the thresholds, leave the predictors in the folder, and see what they do on held-out text."""
         request, config = self._request, self._config
         curves = [self._curves[layer_idx, rank] for layer_idx, rank in enumerate(ranks)]
-        chosen = spend(curves, request.recall, LEAST_RECALL)
+        chosen = spend(curves, min(1.0, request.recall + MARGIN), LEAST_RECALL)
         thresholds = [_finite(each, idx) for each, idx in zip(curves, chosen, strict=True)]
         header = self._save(ranks, thresholds)
         predictors = load_predictors(self._folder, header, config)

@@ -1,0 +1,142 @@
+"""From a store, its profile and this machine to a plan: what hybrid-place and hybrid-run both do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from hybrid_runtime.benchmarking.bytes_touched import bytes_touched
+from hybrid_runtime.budget import MemoryNeeds, plan_memory
+from hybrid_runtime.errors import UsageError
+from hybrid_runtime.machine import current_rss_bytes, describe_machine
+from hybrid_runtime.model.kv_cache import KvDtype
+from hybrid_runtime.placement.decode_time import (
+    DecodeConditions,
+    cpu_part_seconds,
+    gpu_part_seconds,
+    layer_costs,
+    predict_decode_time,
+)
+from hybrid_runtime.placement.plan import Plan, PlanRequest, TokenCosts, make_plan
+from hybrid_runtime.placement.reads import Reading, expected_reads, expected_rows, measured_gates_for_one
+from hybrid_runtime.profiling.profile import Profile
+from hybrid_runtime.profiling.profile_file import read_profile
+from hybrid_runtime.speeds.gpu import KNOWN_GPUS, GpuSpeeds
+from hybrid_runtime.speeds.machine_speeds import MachineSpeeds, machine_speeds
+from hybrid_runtime.store.beside import store_digest
+from hybrid_runtime.store.predictor_files import PredictorHeader
+from hybrid_runtime.store.reader import Store
+
+PLANS_FOLDER = "plans"
+OWN_NAMED_FOR_ONE = 1.3  # of predictors that a checkpoint embeds: nobody published how many they name
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Everything that plans for one store on one machine have in common. gpu: None plans for the CPU alone."""
+
+    store: Store
+    profile: Profile
+    reads: list[torch.Tensor]
+    speeds: MachineSpeeds
+    gpu: GpuSpeeds | None
+    no_gpu_reason: str
+    conditions: DecodeConditions
+    predictor_bytes: tuple[int, ...] | None
+    num_positions: int
+
+    def plan(self, vram_bytes: int, ram_bytes: int, *, allow_disk: bool) -> tuple[Plan, list[torch.Tensor]]:
+        """Raise BudgetError, with the numbers, for budgets that cannot hold the model."""
+        manifest = self.store.manifest
+        touched = bytes_touched(
+            manifest,
+            self.conditions.rows,
+            uses_predictor=self.conditions.uses_predictor,
+            mean_length=self.conditions.mean_length,
+            kv_dtype=self.conditions.kv_dtype,
+        )
+        gpu = self.gpu if vram_bytes else None
+        costs = TokenCosts(
+            cpu_part_seconds(predict_decode_time(manifest, self.speeds, self.conditions)),
+            {} if gpu is None else gpu_part_seconds(touched, manifest.config, gpu),
+            layer_costs(manifest, self.speeds, gpu),
+        )
+        memory = plan_memory(
+            manifest.config, MemoryNeeds(0, self.num_positions, self.conditions.kv_dtype), current_rss_bytes()
+        )
+        request = PlanRequest(
+            vram_bytes if gpu is not None else 0,
+            ram_bytes,
+            self.num_positions,
+            self.conditions.kv_dtype,
+            memory.program + memory.workspace + memory.compiler,
+            allow_disk,
+        )
+        name = self.no_gpu_reason if gpu is None else gpu.name
+        return make_plan(manifest, self.profile, self.reads, request, costs, name, self.predictor_bytes)
+
+
+def make_planner(
+    store: Store,
+    profile_folder: Path,
+    predictors: PredictorHeader | None,
+    *,
+    num_positions: int,
+    kv_dtype: KvDtype,
+    num_threads: int,
+    gpu_name: str | None,
+    cache_dir: Path,
+    say: Say,
+) -> Planner:
+    """Read the profile and measure the machine, where that was not done before.
+
+    predictors: trained ones that decoding will use; gpu_name: of KNOWN_GPUS, to plan for one that is not here.
+    Raises UsageError for an unknown name.
+    """
+    config = store.manifest.config
+    profile = read_profile(profile_folder, config, store_digest(store))
+    machine = describe_machine()
+    speeds = machine_speeds(machine, store.manifest.quantization.weights, num_threads, cache_dir, say)
+    reading = Reading(_named_for_one(store, predictors), measured_gates_for_one(store, profile_folder))
+    uses_predictor = reading.named_for_one is not None
+    conditions = DecodeConditions(
+        expected_rows(profile, config, reading), not uses_predictor, uses_predictor, num_positions / 2, kv_dtype
+    )
+    return Planner(
+        store,
+        profile,
+        expected_reads(profile, config, reading),
+        speeds,
+        _gpu(speeds, gpu_name),
+        machine.no_gpu_reason or "",
+        conditions,
+        None if predictors is None else tuple(layer.num_bytes for layer in predictors.layers),
+        num_positions,
+    )
+
+
+def with_gpu(planner: Planner, gpu: GpuSpeeds) -> Planner:
+    """The same for another GPU."""
+    return replace(planner, gpu=gpu)
+
+
+def _gpu(speeds: MachineSpeeds, name: str | None) -> GpuSpeeds | None:
+    if name is None:
+        return speeds.gpu
+    if name not in KNOWN_GPUS:
+        raise UsageError(f"--gpu {name}: expected one of {', '.join(KNOWN_GPUS)}")
+    return KNOWN_GPUS[name]
+
+
+def _named_for_one(store: Store, predictors: PredictorHeader | None) -> float | None:
+    """Neurons named for one that fires; None where every gate is read."""
+    if predictors is not None:
+        named = sum(layer.predicted_density or 0.0 for layer in predictors.layers)
+        fired = sum(layer.true_density or 0.0 for layer in predictors.layers)
+        return named / fired if named and fired else OWN_NAMED_FOR_ONE
+    return OWN_NAMED_FOR_ONE if store.manifest.config.predictor_input is not None else None

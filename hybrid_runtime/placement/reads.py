@@ -1,0 +1,81 @@
+"""How often a token reads each neuron's rows: what placement weighs.
+
+Without a predictor every gate of a routed expert is read, and the rest of a bundle where the gate fires. With one, only
+bundles of named neurons are; it names more than fire, in proportion to how often they fire as far as anybody knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hybrid_kernels.activation import gate_fires
+from hybrid_kernels.linear.reference import linear
+from hybrid_kernels.packed_matrix import Bundles
+from hybrid_runtime.benchmarking.bytes_touched import NeuronRows
+from hybrid_runtime.config import ModelConfig
+from hybrid_runtime.model.weight_specs import ffn_names
+from hybrid_runtime.profiling.profile import Profile
+from hybrid_runtime.profiling.profile_file import read_samples
+from hybrid_runtime.store.reader import Store
+
+MOST_LAYERS, MOST_TOKENS, MOST_NEURONS = 4, 64, 512  # that gates are computed of: enough for a ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """named_for_one: neurons that the predictor names for one that fires; None: there is none, all gates are read.
+    gates_for_one: gates that fire for one neuron that fires, at least 1.
+    """
+
+    named_for_one: float | None
+    gates_for_one: float
+
+
+def measured_gates_for_one(store: Store, profile_folder: Path) -> float:
+    """From some sampled tokens and gates of some layers; 1 where a gate that fires means that the neuron does."""
+    config = store.manifest.config
+    if config.activation.kind != "drelu":
+        return 1.0
+    step = max(1, config.num_hidden_layers // MOST_LAYERS)
+    gates = fired = 0
+    for layer_idx in range(0, config.num_hidden_layers, step):
+        name = f"{ffn_names(config, layer_idx)[0]}.bundles"
+        (part,) = (part for part in store.manifest.parts if any(entry.name == name for entry in part.entries))
+        bundles = store.read_parts([part], "mmap")[0][name]
+        assert isinstance(bundles, Bundles)
+        some = bundles.take(slice(0, MOST_NEURONS))
+        inputs, active = read_samples(profile_folder, config, layer_idx).of_expert(0, config.intermediate_size)
+        values = linear(inputs[:MOST_TOKENS], some.gate_proj, some.gate_bias)
+        gates += int(gate_fires(config.activation, values).sum())
+        fired += int(active[:MOST_TOKENS, : some.num_neurons].sum())
+    return max(1.0, gates / fired) if fired else 1.0
+
+
+def expected_reads(profile: Profile, config: ModelConfig, reading: Reading) -> list[torch.Tensor]:
+    """By layer float64 [E, I] from 0 to 1: bundles a token reads of the neuron, a third for each of its three rows."""
+    rows = 3 if config.activation.is_gated else 2
+    layers = range(len(profile.layers))
+    return [torch.stack(_row_reads(profile, config, layer_idx, reading)).sum(0) / rows for layer_idx in layers]
+
+
+def expected_rows(profile: Profile, config: ModelConfig, reading: Reading) -> NeuronRows:
+    """Rows that one token reads, over all layers."""
+    layers = range(len(profile.layers))
+    totals = [[float(rows.sum()) for rows in _row_reads(profile, config, idx, reading)] for idx in layers]
+    return NeuronRows(*(sum(kind) for kind in zip(*totals, strict=True)))
+
+
+def _row_reads(
+    profile: Profile, config: ModelConfig, layer_idx: int, reading: Reading
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gate, up and down rows of each neuron, float64 [E, I], a token."""
+    fired = profile.expected_firings(layer_idx)
+    tokens = profile.layers[layer_idx].tokens.double() / max(1, profile.num_tokens)
+    routed = tokens.unsqueeze(1).expand_as(fired)
+    named = routed if reading.named_for_one is None else torch.minimum(fired * reading.named_for_one, routed)
+    if not config.activation.is_gated:
+        return torch.zeros_like(fired), named, fired
+    return named, torch.minimum(fired * reading.gates_for_one, named), fired
