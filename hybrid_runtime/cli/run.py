@@ -182,7 +182,7 @@ def _load(settings: Settings) -> Engine:
         settings.revision,
         settings.offline,
     )
-    return load_engine(
+    engine = load_engine(
         request,
         vram_bytes=settings.vram,
         ram_bytes=settings.ram,
@@ -194,6 +194,11 @@ def _load(settings: Settings) -> Engine:
         cache_dir=settings.cache_dir,
         verbose=settings.verbose,
     )
+    if settings.vram > 0 and engine.config.activation.is_sparse and engine.sequence.decoder.predictor_mode != "trained":
+        from hybrid_runtime.cli.offline import prepare_plan  # noqa: PLC0415  # only where a plan is wanted
+
+        prepare_plan(engine, settings.vram, settings.ram, settings.cache_dir)
+    return engine
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def merge_profiles(store: Store, sources: Sequence[Path], folder: Path, sample_b
     config, digest = store.manifest.config, store_digest(store)
     if len({path.resolve() for path in sources}) < 2:
         raise UsageError("--merge: name at least two folders, each once")
-    total = merged([read_profile(source, config, digest) for source in sources])
+    total = merged({str(source): read_profile(source, config, digest) for source in sources})
     kept = _kept(store, sources, sample_bytes)
     key = "".join(read_header(source).data for source in sources) + str(len(kept))
     data = f"data-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

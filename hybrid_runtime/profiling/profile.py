@@ -6,6 +6,7 @@ profiles of the same model over different texts add up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -133,20 +134,32 @@ def watched_neurons(config: ModelConfig) -> torch.Tensor:
     return torch.arange(count) * config.intermediate_size // count
 
 
-def merged(profiles: list[Profile]) -> Profile:
-    """One profile over all texts. Raise UsageError for another model, another window, or a text that comes twice."""
-    first, *others = profiles
-    for other in others:
+def merged(profiles: Mapping[str, Profile]) -> Profile:
+    """One profile over all texts, from profiles by the names that messages call them.
+
+    Raise UsageError for another model, another window, or a text that comes twice.
+    """
+    (first_name, first), *others = profiles.items()
+    named = {text.sha256: first_name for text in first.texts}
+    texts, layers, held_out = first.texts, first.layers, first.held_out
+    for name, other in others:
         if other.model_digest != first.model_digest:
-            raise UsageError(f"a profile is of {other.model} ({other.model_digest[:12]}), expected {first.model} "
-                             f"({first.model_digest[:12]}); merge profiles of the same store")  # fmt: skip
+            raise UsageError(
+                f"{name}: is of {other.model} ({other.model_digest[:12]}), {first_name} of {first.model} "
+                f"({first.model_digest[:12]}); merge profiles of the same store"
+            )
         if other.window != first.window:
-            raise UsageError(f"a profile looks back on {other.window} tokens, expected {first.window}; merge like ones")
-    texts = tuple(text for profile in profiles for text in profile.texts)
-    if len({text.sha256 for text in texts}) < len(texts):
-        raise UsageError("two of the profiles are of the same text, which would count twice; leave one out")
-    layers = first.layers
-    for other in others:
+            raise UsageError(
+                f"{name}: looks back on {other.window} tokens, {first_name} on {first.window}; merge profiles of the "
+                "same --window"
+            )
+        for text in other.texts:
+            if text.sha256 in named:
+                raise UsageError(
+                    f"{name}: is of a text that {named[text.sha256]} is of, which would count twice; leave one out"
+                )
+        named |= {text.sha256: name for text in other.texts}
+        texts += other.texts
         layers = tuple(ours + theirs for ours, theirs in zip(layers, other.layers, strict=True))
-    held_out = torch.cat([profile.held_out for profile in profiles])
+        held_out = torch.cat([held_out, other.held_out])
     return Profile(first.model, first.model_digest, texts, first.window, first.watched, layers, held_out)

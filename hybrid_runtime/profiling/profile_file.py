@@ -1,6 +1,6 @@
 """A profile on disk: a folder whose profile.json, written last, names the data that belongs to it.
 
-profile.json                          what was profiled, on what; the data folder and its files' digests
+profile.json                          what was profiled, on what; the data folder, and its counts' digest
 data-<id>/counts.safetensors          `LayerCounts` of every layer, the watched neurons, held-out tokens
 data-<id>/samples-<layer>.safetensors the layer's part of the sample (samples.py)
 work/                                 an unfinished run (run.py)
@@ -32,6 +32,7 @@ PROFILE = "profile.json"
 PROFILE_FOLDER = "profile"
 COUNTS = "counts.safetensors"
 REMEDY = "run hybrid-profile again"
+DATA_NAME = re.compile(r"data-[0-9a-f]{16}")
 CHUNK_BYTES = 1 << 22
 
 
@@ -84,8 +85,13 @@ def write_counts(folder: Path, profile: Profile, num_samples: int, data: str) ->
         "counts_sha256": _sha256(folder / data / COUNTS),
     }
     write_whole(folder / PROFILE, (json.dumps(header, indent=1) + "\n").encode())
+    remove_other_data(folder, data)
+
+
+def remove_other_data(folder: Path, data: str) -> None:
+    """Away with data that profile.json does not name; whatever else is in the folder is not ours."""
     for other in folder.glob("data-*"):
-        if other.name != data:
+        if other.name != data and DATA_NAME.fullmatch(other.name):
             shutil.rmtree(other, ignore_errors=True)
 
 
@@ -109,7 +115,7 @@ def read_header(folder: Path) -> Header:
         header = from_json(Header, values, PROFILE)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}; {REMEDY}") from error
-    if not re.fullmatch(r"data-[0-9a-f]{16}", header.data):
+    if not DATA_NAME.fullmatch(header.data):
         raise CheckpointError(f"{path}: data is {header.data!r}, expected data-<16 hex digits>; {REMEDY}")
     if min([header.window, *(text.num_tokens for text in header.texts)], default=0) < 1 or header.num_samples < 0:
         raise CheckpointError(f"{path}: a count of tokens is below 1; {REMEDY}")
@@ -133,19 +139,48 @@ def read_profile(folder: Path, config: ModelConfig, model_digest: str | None = N
     expected: Expected = {
         "watched": ((None,), torch.int64),
         "held_out": ((None, header.window), torch.int32),
-        **expected_layers(config),
+        **expected_layers(config, None),
     }
     tensors = read_tensors(path, expected, REMEDY)
-    layers = layers_of(tensors, config.num_hidden_layers)
-    return Profile(
+    profile = Profile(
         header.model,
         header.model_digest,
         header.texts,
         header.window,
         tensors["watched"],
-        layers,
+        layers_of(tensors, config.num_hidden_layers),
         tensors["held_out"],
     )
+    _check_counts(path, profile, config)
+    return profile
+
+
+def _check_counts(path: Path, profile: Profile, config: ModelConfig) -> None:
+    """Raise CheckpointError for numbers that no text can have given."""
+    watched, held_out = profile.watched, profile.held_out
+    if not bool(((watched >= 0) & (watched < config.intermediate_size)).all()):
+        raise CheckpointError(f"{path}: watched names neurons outside 0 to {config.intermediate_size - 1}; {REMEDY}")
+    if not bool(((held_out >= 0) & (held_out < config.vocab_size)).all()):
+        raise CheckpointError(f"{path}: held_out has tokens outside 0 to {config.vocab_size - 1}; {REMEDY}")
+    passes = profile.num_tokens * (config.num_experts_per_tok if config.num_experts else 1)
+    for layer_idx, layer in enumerate(profile.layers):
+        if layer.co_fired.shape[1:] != (len(watched), len(watched)):
+            raise CheckpointError(
+                f"{path}: layers.{layer_idx}.co_fired has shape {tuple(layer.co_fired.shape)}, expected pairs of "
+                f"{len(watched)} watched neurons; {REMEDY}"
+            )
+        if int(layer.tokens.sum()) != passes:
+            raise CheckpointError(
+                f"{path}: layers.{layer_idx}.tokens sum to {int(layer.tokens.sum())}, expected {passes}; {REMEDY}"
+            )
+        for name in LAYER_FIELDS:
+            counts = getattr(layer, name)
+            if counts.numel() and int(counts.min()) < 0:
+                raise CheckpointError(f"{path}: layers.{layer_idx}.{name} has a count below 0; {REMEDY}")
+        if bool((layer.fired > layer.tokens.unsqueeze(1)).any()):
+            raise CheckpointError(
+                f"{path}: layers.{layer_idx}.fired is more often than its expert got tokens; {REMEDY}"
+            )
 
 
 def samples_path(data_folder: Path, layer_idx: int) -> Path:
@@ -163,8 +198,16 @@ def read_samples(folder: Path, config: ModelConfig, layer_idx: int) -> LayerSamp
         "experts": ((count, shape.num_slots), torch.int16),
         "active": ((count, shape.num_slots, shape.active_bytes), torch.uint8),
     }
-    tensors = read_tensors(samples_path(folder / header.data, layer_idx), expected, REMEDY)
-    return LayerSamples(**tensors)
+    path = samples_path(folder / header.data, layer_idx)
+    samples = LayerSamples(**read_tensors(path, expected, REMEDY))
+    experts, priorities = samples.experts, samples.priorities
+    if not bool(((experts >= 0) & (experts < max(1, config.num_experts))).all()):
+        raise CheckpointError(f"{path}: experts are outside 0 to {max(1, config.num_experts) - 1}; {REMEDY}")
+    if not bool((priorities[1:] >= priorities[:-1]).all()):
+        raise CheckpointError(f"{path}: priorities do not ascend; {REMEDY}")
+    if not bool(samples.inputs.isfinite().all()):
+        raise CheckpointError(f"{path}: inputs are not finite; {REMEDY}")
+    return samples
 
 
 def layer_tensors(layers: tuple[LayerCounts, ...]) -> dict[str, torch.Tensor]:
@@ -172,19 +215,20 @@ def layer_tensors(layers: tuple[LayerCounts, ...]) -> dict[str, torch.Tensor]:
     return {f"layers.{idx}.{name}": getattr(layer, name) for idx, layer in enumerate(layers) for name in LAYER_FIELDS}
 
 
-def expected_layers(config: ModelConfig) -> Expected:
-    """What layer_tensors makes for this model."""
+def expected_layers(config: ModelConfig, num_watched: int | None) -> Expected:
+    """What layer_tensors makes for this model; num_watched None: any number."""
     experts, neurons = max(1, config.num_experts), config.intermediate_size
+    last = config.num_hidden_layers - 1
     shapes: dict[str, tuple[int | None, ...]] = {
         "fired": (experts, neurons),
         "tokens": (experts,),
         "active_squares": (experts,),
-        "co_fired": (experts, None, None),
-        "follows": (None, None),
+        "co_fired": (experts, num_watched, num_watched),
     }
     return {
-        f"layers.{idx}.{name}": (shapes[name], torch.int64)
+        f"layers.{idx}.{name}": (shapes.get(name, follows), torch.int64)
         for idx in range(config.num_hidden_layers)
+        for follows in [(experts, experts) if config.num_experts and idx < last else (0, 0)]
         for name in LAYER_FIELDS
     }
 

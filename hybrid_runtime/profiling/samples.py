@@ -13,8 +13,10 @@ safetensors:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import heapq
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +24,12 @@ import numpy as np
 import torch
 
 from hybrid_runtime.config import ModelConfig
+from hybrid_runtime.errors import BudgetError
 from hybrid_runtime.model.observer import FfnPass
 
 LARGEST_FLOAT16 = 65504.0
+PRIORITY_BYTES = 8
+FILE_HEADER_BYTES = 512  # at most, of a safetensors file with a layer of the sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +64,13 @@ class SampleShape:
         )
 
     def rows_in(self, num_bytes: int) -> int:
-        """How many tokens fit."""
-        return num_bytes // (self.num_layers * self.row.itemsize + 8)
+        """How many tokens fit; every layer's file has the priorities."""
+        room = num_bytes - self.num_layers * FILE_HEADER_BYTES
+        return max(0, room) // (self.num_layers * (self.row.itemsize + PRIORITY_BYTES))
+
+    def raw_bytes(self, num_slots: int) -> int:
+        """Length of the raw file."""
+        return self.num_layers * num_slots * self.row.itemsize
 
 
 def token_priorities(tokens: torch.Tensor, window_idx: int) -> np.ndarray:
@@ -80,23 +90,17 @@ class Reservoir:
 
     def take(self, priorities: np.ndarray) -> tuple[Reservoir, dict[int, int]]:
         """Let a window's tokens in: the next reservoir, and index in the window to slot of those that are in it."""
-        heap = [(-priority, slot) for slot, priority in enumerate(self._priorities.tolist())]
-        heapq.heapify(heap)
-        taken: dict[int, int] = {}  # slot to index
-        for idx, priority in enumerate(priorities.tolist()):
-            if len(heap) < self.num_slots:
-                slot = len(heap)
-                heapq.heappush(heap, (-priority, slot))
-            elif heap and -priority > heap[0][0]:
-                slot = heap[0][1]
-                heapq.heapreplace(heap, (-priority, slot))
-            else:
-                continue
-            taken[slot] = idx  # in place of a token of this very window, if need be
-        after = np.zeros(len(heap), dtype=np.int64)
-        for negative, slot in heap:
-            after[slot] = -negative
-        return Reservoir(self.num_slots, after), {idx: slot for slot, idx in taken.items()}
+        count = len(self._priorities)
+        together = np.concatenate([self._priorities, priorities])
+        kept = np.zeros(len(together), dtype=bool)
+        kept[np.argsort(together, kind="stable")[: self.num_slots]] = True  # who came first stays, of equal ones
+        taken = np.flatnonzero(kept[count:])
+        new_slots = np.arange(count, int(kept.sum()))
+        freed = np.flatnonzero(~kept[:count])
+        slots = np.concatenate([freed, new_slots])
+        after = np.concatenate([self._priorities, np.zeros(len(new_slots), dtype=np.int64)])
+        after[slots] = priorities[taken]
+        return Reservoir(self.num_slots, after), dict(zip(taken.tolist(), slots.tolist(), strict=True))
 
     def priorities(self) -> np.ndarray:
         """int64 [n], by slot."""
@@ -104,33 +108,58 @@ class Reservoir:
 
 
 class SampleFile:
-    """The raw file: a stretch for each layer, in it a row for each slot. Grows sparsely, where rows are written."""
+    """The raw file: a stretch for each layer, in it a row for each slot. Grows sparsely, where rows are written.
+
+    Raises BudgetError where the disk has no room.
+    """
 
     def __init__(self, path: Path, shape: SampleShape, num_slots: int) -> None:
+        self.path = path
         self.shape = shape
         self.num_slots = num_slots
         path.touch()
-        self._file = path.open("r+b")
-        self._file.truncate(shape.num_layers * num_slots * shape.row.itemsize)
+        self._file = path.open("r+b", buffering=0)  # so that a full disk is told by the write, not by a later one
+        with self._naming_the_file():
+            self._file.truncate(shape.raw_bytes(num_slots))
 
     def write(self, layer_idx: int, slots: list[int], rows: np.ndarray) -> None:
         """rows: [n] of shape.row."""
-        for slot, row in zip(slots, rows, strict=True):
-            self._file.seek((layer_idx * self.num_slots + slot) * self.shape.row.itemsize)
-            self._file.write(row.tobytes())
+        with self._naming_the_file():
+            for slot, row in zip(slots, rows, strict=True):
+                self._file.seek((layer_idx * self.num_slots + slot) * row.nbytes)
+                left = memoryview(row.tobytes())
+                while left:
+                    left = left[self._file.write(left) :]
 
     def read(self, layer_idx: int, count: int) -> np.ndarray:
         """The first slots of a layer, as [count] of shape.row."""
-        self._file.seek(layer_idx * self.num_slots * self.shape.row.itemsize)
-        return np.frombuffer(self._file.read(count * self.shape.row.itemsize), dtype=self.shape.row)
+        rows = np.empty(count, dtype=self.shape.row)
+        self._file.seek(layer_idx * self.num_slots * rows.itemsize)
+        left = memoryview(rows).cast("B")  # type: ignore[arg-type]  # an array is a buffer; its stubs forget records
+        while left:
+            num_bytes = self._file.readinto(left)
+            assert num_bytes, "the file was made as long as this"
+            left = left[num_bytes:]
+        return rows
 
-    def flush(self) -> None:
-        """Hand everything to the system."""
-        self._file.flush()
+    def sync(self) -> None:
+        """Wait until the disk has everything: a state that names rows must not outlive them in a power cut."""
+        with self._naming_the_file():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise BudgetError(
+                f"{self.path}: could not be written: {error.strerror or error}; make room, or ask for fewer --samples, "
+                "and run again"
+            ) from error
 
 
 class WindowSampler:

@@ -13,6 +13,7 @@ from hybrid_runtime.text.documents import check_text_file, read_documents
 from hybrid_runtime.text.tokenizer import Tokenizer
 
 CHUNK_BYTES = 1 << 22
+PIECE_CHARACTERS = 1 << 16  # of a document that become tokens at once: it may be a whole library
 
 
 def text_digest(files: Sequence[Path]) -> str:
@@ -31,14 +32,27 @@ def text_digest(files: Sequence[Path]) -> str:
 def token_windows(files: Sequence[Path], tokenizer: Tokenizer, window: int) -> Iterator[torch.Tensor]:
     """int64 [window] each; a document runs on from one window into the next, what fills no window is left out.
 
-    Documents are taken from the files in turn, so that a beginning of the whole holds something of every file.
+    A long document is cut before a space, where most tokenizers cut too, and is never held as tokens. Documents are
+    taken from the files in turn, so that a beginning of the whole holds something of every file.
     """
     tokens: list[int] = []
     for document in _in_turn([read_documents(path) for path in files]):
-        tokens += tokenizer.encode(document)
-        while len(tokens) >= window:
-            yield torch.tensor(tokens[:window])
-            tokens = tokens[window:]
+        for idx, piece in enumerate(_pieces(document)):
+            tokens += tokenizer.encode(piece, add_special=idx == 0)
+            whole = len(tokens) - len(tokens) % window
+            for start in range(0, whole, window):
+                yield torch.tensor(tokens[start : start + window])
+            del tokens[:whole]
+
+
+def _pieces(document: str) -> Iterator[str]:
+    start = 0
+    while len(document) - start > PIECE_CHARACTERS:
+        space = document.rfind(" ", start + 1, start + PIECE_CHARACTERS)
+        end = start + PIECE_CHARACTERS if space < 0 else space
+        yield document[start:end]
+        start = end
+    yield document[start:]
 
 
 def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:

@@ -9,7 +9,7 @@ all neurons) and rows of single neurons, which are fetched from all over.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -36,8 +36,6 @@ NUM_ROUNDS = 9
 QUANTILE = 0.25  # of the rounds: what others do on the machine only ever makes it slower
 FIRING = Firing(0.12, 0.35)  # as TurboSparse-Mistral's neurons
 SMALLEST_S = 1e-9
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +84,13 @@ class _Timed:
     query_values: int
 
 
-def measure_kernel_speeds(row_format: RowFormat, num_threads: int, say: Say) -> KernelSpeeds:
+def measure_kernel_speeds(row_format: RowFormat, num_threads: int) -> KernelSpeeds:
     """Takes some ten seconds and, for the large model, 0.4 GiB of memory and of the temporary folder."""
     team = Team(num_threads)
     try:
         with tempfile.TemporaryDirectory() as folder:
             tiny = _measured(_shape(128, 256, 4, 96), row_format, team, Path(folder) / "tiny", "off")
             small = _measured(_shape(512, 1280, 4, 64), row_format, team, Path(folder) / "small", "off")
-            say(f"measuring {row_format} rows with {num_threads} threads: small models done")
             large = _shape(4096, 8192, 2 if row_format.kind == "q4" else 1, 256)
             masked = _measured(large, row_format, team, Path(folder) / "large", "mask")
             ungated = _measured(large, row_format, team, Path(folder) / "large", "off")

@@ -8,9 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 from hybrid_kernels.bandwidth.op import read_bandwidth
 from hybrid_kernels.native.instruction_sets import instruction_set
@@ -29,6 +32,7 @@ from hybrid_runtime.whole_files import write_whole
 FORMAT_VERSION = 1
 
 Say = Callable[[str], None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +73,18 @@ def machine_speeds(
     speeds = None if measures_again else _read(path, identity)
     if speeds is None:
         say("measuring this machine's memory, disk and GPU, once ...")
-        speeds = _measure(machine, identity, num_threads, cache_dir)
+        speeds = _apart(_measure, machine, identity, num_threads, cache_dir)
     if all(each.row_format != row_format for each in speeds.kernels):
         say(f"measuring this machine's kernels for {row_format}, once ...")
-        speeds = replace(speeds, kernels=(*speeds.kernels, measure_kernel_speeds(row_format, num_threads, say)))
+        speeds = replace(speeds, kernels=(*speeds.kernels, _apart(measure_kernel_speeds, row_format, num_threads)))
         write_whole(path, (json.dumps(asdict(speeds), indent=1) + "\n").encode())
     return speeds
+
+
+def _apart(measure: Callable[..., Result], *arguments: object) -> Result:
+    """Measure in a process of its own: what it takes of memory is not this one's, which may have promised a peak."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
 
 
 def _measure(machine: Machine, identity: str, num_threads: int, cache_dir: Path) -> MachineSpeeds:

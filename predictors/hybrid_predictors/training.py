@@ -24,7 +24,7 @@ from hybrid_predictors.thresholds import Curve, curve
 
 INITIAL_SIZE = 0.1  # of the logits, so that no token begins far off
 MOST_VALIDATED = 1 << 24  # neurons times tokens, 64 MiB of logits
-HIGHEST_LEVELS = {"q8": 127, "q4": 7}
+Q4_LEVELS = (-8.0, 7.0, -7.2)  # that a group's largest weight may fall on; beyond the last level it is cut off
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,15 +191,29 @@ def _rounded_straight_through(weights: torch.Tensor, row_format: RowFormat) -> t
 
 
 def _rounded(weights: torch.Tensor, row_format: RowFormat) -> torch.Tensor:
-    """weights: [..., K] -> the nearest levels, the largest of a group being the highest level.
+    """weights: [..., K] -> the nearest levels of the best of a few scales.
 
-    Packing fits its scales by least squares, which takes ten times as long and finds these very levels again.
+    Packing fits its scales by least squares, which takes several times as long and finds these very levels again.
     """
     if not row_format.is_quantized:
         return weights.bfloat16().float() if row_format.kind == "bf16" else weights
     columns = weights.shape[-1]
     padded = pad(weights, (0, row_format.padded_columns(columns) - columns))
     groups = padded.view(*padded.shape[:-1], -1, row_format.group)
-    scales = groups.abs().amax(-1, keepdim=True) / HIGHEST_LEVELS[row_format.kind]
-    levels = (groups / scales.clamp(min=1e-30)).round()
-    return (levels * scales).view(padded.shape)[..., :columns]
+    if row_format.kind == "q8":
+        return _on_levels(groups, groups.abs().amax(-1, keepdim=True) / 127, 127).view(padded.shape)[..., :columns]
+    extremes = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best = _on_levels(groups, extremes / Q4_LEVELS[0], 7)
+    errors = (best - groups).square().sum(-1, keepdim=True)
+    for level in Q4_LEVELS[1:]:
+        other = _on_levels(groups, extremes / level, 7)
+        other_errors = (other - groups).square().sum(-1, keepdim=True)
+        best = torch.where(other_errors < errors, other, best)
+        errors = torch.minimum(errors, other_errors)
+    return best.view(padded.shape)[..., :columns]
+
+
+def _on_levels(groups: torch.Tensor, scales: torch.Tensor, highest: int) -> torch.Tensor:
+    """The nearest of scale times -highest - 1 (-127 for q8) to highest."""
+    levels = (groups / torch.where(scales == 0, 1.0, scales)).round()
+    return levels.clamp(-highest - (highest == 7), highest) * scales

@@ -2,6 +2,7 @@
 
     hybrid-profile MODEL --text FILE --text FILE --tokens 200000
     hybrid-profile MODEL --merge DIR --merge DIR
+    hybrid-profile MODEL --powerinfer DIR
 
 The profile lies with the model's store, where hybrid-predictors, hybrid-place and hybrid-inspect find it. Interrupted
 or killed, the same command goes on where it was.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +22,16 @@ import click
 from hybrid_runtime import __version__
 from hybrid_runtime.cli.options import Size, cache_dir_option, model_options, ram_option, threads_option
 from hybrid_runtime.cli.program import run_program, say
-from hybrid_runtime.errors import UsageError
+from hybrid_runtime.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
     from hybrid_runtime.engine import OpenModel
     from hybrid_runtime.profiling.profile import Profile
+    from hybrid_runtime.profiling.run import ProfileRequest
+    from hybrid_runtime.store.reader import Store
+    from hybrid_runtime.stores import ModelRequest
+
+DEFAULT_TOKENS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +40,11 @@ class Settings:
 
     model: str
     text: tuple[Path, ...]
-    tokens: int
+    tokens: int | None
     window: int
     samples: int
     merge: tuple[Path, ...]
+    powerinfer: Path | None
     output: Path | None
     restart: bool
     ram: int | None
@@ -66,8 +73,9 @@ class Settings:
     help="UTF-8 text, plain or .gz, with <|endoftext|> between documents; may be repeated: the files take turns.",
 )
 @click.option(
-    "--tokens", type=click.IntRange(0), default=200_000, show_default=True, metavar="N",
-    help="Tokens to count; 0: all of the text.",
+    "--tokens", type=click.IntRange(0), metavar="N",
+    help="Tokens to count; 0: all of the text; with --powerinfer how many were counted, 0: the largest count. "
+    f"[default: {DEFAULT_TOKENS}; with --powerinfer 0]",
 )  # fmt: skip
 @click.option(
     "--window", type=click.IntRange(2, 1 << 16), default=512, show_default=True, metavar="N",
@@ -75,11 +83,16 @@ class Settings:
 )  # fmt: skip
 @click.option(
     "--samples", type=Size(), default="256M", show_default=True, metavar="SIZE",
-    help="Disk that the sample for training predictors may take.",
+    help="Disk that the sample for training predictors may take; as much again until it is finished.",
 )  # fmt: skip
 @click.option(
     "--merge", multiple=True, metavar="DIR", type=click.Path(path_type=Path),
     help="Instead of reading text, add up the profiles in these folders; repeat it.",
+)  # fmt: skip
+@click.option(
+    "--powerinfer", metavar="DIR", type=click.Path(path_type=Path),
+    help="Instead of reading text, take PowerInfer's counts: activation_0.pt (or .npy, .safetensors), ... of a dense "
+    "model. Nothing in these files is run.",
 )  # fmt: skip
 @click.option(
     "--output", "-o", metavar="DIR", type=click.Path(path_type=Path, file_okay=False),
@@ -103,60 +116,106 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: Settings) -> int:
-    if bool(settings.text) == bool(settings.merge):
-        raise UsageError("give --text FILE to read text, or --merge DIR to add up profiles, and one of them only")
-    from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER  # noqa: PLC0415  # imports torch
-    from hybrid_runtime.store.beside import beside  # noqa: PLC0415
-
-    opened = _open(settings)
-    folder = settings.output or beside(opened.store, _cache_dir(settings)) / PROFILE_FOLDER
-    profile = _merge(settings, opened, folder) if settings.merge else _count(settings, opened, folder)
-    _show(settings, profile, folder)
+    if bool(settings.text) + bool(settings.merge) + bool(settings.powerinfer) != 1:
+        raise UsageError(
+            "give --text FILE to read text, --merge DIR to add up profiles, or --powerinfer DIR to import counts, and "
+            "one of them only"
+        )
+    if settings.text:
+        _show(settings, *_count(settings))
+        return 0
+    store = _store(settings)
+    folder = _folder(settings, store)
+    if settings.powerinfer is not None:
+        _show(settings, _import(settings, settings.powerinfer, store, folder), folder)
+    else:
+        _show(settings, _merge(settings, store, folder), folder)
     return 0
 
 
-def _open(settings: Settings) -> OpenModel:
+def _folder(settings: Settings, store: Store) -> Path:
+    from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER  # noqa: PLC0415  # imports torch
+    from hybrid_runtime.store.beside import beside  # noqa: PLC0415
+
+    return settings.output or beside(store, _cache_dir(settings)) / PROFILE_FOLDER
+
+
+def _open(settings: Settings, request: ProfileRequest) -> OpenModel:
+    """The model, if it fits with what its profile takes."""
+    from hybrid_runtime.budget import require_memory  # noqa: PLC0415
     from hybrid_runtime.cli.loading import use_threads  # noqa: PLC0415  # imports torch
     from hybrid_runtime.engine import LoadOptions, open_model  # noqa: PLC0415
-    from hybrid_runtime.machine import physical_cores, usable_cores  # noqa: PLC0415
-    from hybrid_runtime.profiling.windows import text_digest  # noqa: PLC0415
+    from hybrid_runtime.machine import available_ram_bytes, physical_cores, usable_cores  # noqa: PLC0415
+    from hybrid_runtime.profiling.run import profiling_bytes  # noqa: PLC0415
     from hybrid_runtime.progress import console_progress  # noqa: PLC0415
-    from hybrid_runtime.stores import ModelRequest  # noqa: PLC0415
 
-    text_digest(settings.text)  # files that are not there, before a model is converted
     threads = settings.threads or min(physical_cores(), usable_cores())
     use_threads(threads)
-    request = ModelRequest(
-        settings.model, settings.quant, settings.group, settings.ffn_activation, settings.revision, settings.offline
-    )
     options = LoadOptions(
         ram_bytes=settings.ram,
         num_positions=settings.window,
         threads=threads,
         cache_dir=settings.cache_dir,
         progress=console_progress(),
-        say=say,
+        say=lambda line: say(_in_own_words(line)),
     )
-    return open_model(request, options, needs_tokenizer=not settings.merge)
+    try:
+        opened = open_model(_request(settings), options)
+        extra = profiling_bytes(opened.store.manifest.config, request)
+        plan = replace(opened.memory_plan, workspace=opened.memory_plan.workspace + extra)
+        require_memory(plan, settings.ram, available_ram_bytes())
+    except (UsageError, BudgetError) as error:
+        raise type(error)(_in_own_words(str(error))) from error
+    return opened
 
 
-def _count(settings: Settings, opened: OpenModel, folder: Path) -> Profile:
+def _in_own_words(line: str) -> str:
+    """The context of this program is a window."""
+    return line.replace("--ctx", "--window")
+
+
+def _request(settings: Settings) -> ModelRequest:
+    from hybrid_runtime.stores import ModelRequest  # noqa: PLC0415  # imports torch
+
+    return ModelRequest(
+        settings.model, settings.quant, settings.group, settings.ffn_activation, settings.revision, settings.offline
+    )
+
+
+def _store(settings: Settings) -> Store:
+    from hybrid_runtime.progress import console_progress  # noqa: PLC0415
+    from hybrid_runtime.stores import find_model  # noqa: PLC0415  # imports torch
+
+    progress = console_progress()
+    found = find_model(_request(settings), _cache_dir(settings), progress, needs_tokenizer=False)
+    return found.open(progress, say)
+
+
+def _count(settings: Settings) -> tuple[Profile, Path]:
     from hybrid_runtime.profiling.run import ProfileRequest, make_profile  # noqa: PLC0415  # imports torch
     from hybrid_runtime.progress import console_progress  # noqa: PLC0415
     from hybrid_runtime.stores import load_store_tokenizer  # noqa: PLC0415
+    from hybrid_runtime.text.documents import check_text_file  # noqa: PLC0415
 
-    request = ProfileRequest(
-        settings.text, settings.tokens or None, settings.window, settings.samples, settings.restart
-    )
+    for path in settings.text:  # before a model is converted
+        check_text_file(path)
+    tokens = DEFAULT_TOKENS if settings.tokens is None else settings.tokens
+    request = ProfileRequest(settings.text, tokens or None, settings.window, settings.samples, settings.restart)
+    opened = _open(settings, request)
+    folder = _folder(settings, opened.store)
     tokenizer, _ = load_store_tokenizer(opened.store)
     progress = console_progress()
-    whole_windows = -(-settings.tokens // settings.window) * settings.window
-    progress.start(f"profiling {opened.store.manifest.model}", whole_windows or None, "tokens")
-    seen = 0
+    whole_windows = -(-tokens // settings.window) * settings.window
+    seen: int | None = None
 
     def on_window(num_tokens: int) -> None:
         nonlocal seen
-        progress.advance(num_tokens - seen)
+        if seen is None:
+            label = f"profiling {opened.store.manifest.model}"
+            label += f" after the first {num_tokens} tokens" if num_tokens else ""
+            progress.start(label, max(0, whole_windows - num_tokens) or None, "tokens")
+        else:
+            progress.advance(num_tokens - seen)
         seen = num_tokens
 
     try:
@@ -168,13 +227,28 @@ def _count(settings: Settings, opened: OpenModel, folder: Path) -> Profile:
         progress.done()
     if was_there:
         say("this text was profiled before; --restart does it again")
-    return profile
+    return profile, folder
 
 
-def _merge(settings: Settings, opened: OpenModel, folder: Path) -> Profile:
+def _merge(settings: Settings, store: Store, folder: Path) -> Profile:
     from hybrid_runtime.profiling.merging import merge_profiles  # noqa: PLC0415  # imports torch
 
-    return merge_profiles(opened.store, settings.merge, folder, settings.samples)
+    return merge_profiles(store, settings.merge, folder, settings.samples)
+
+
+def _import(settings: Settings, source: Path, store: Store, folder: Path) -> Profile:
+    from hybrid_runtime.profiling.profile_file import has_profile  # noqa: PLC0415
+    from hybrid_runtime.store.beside import store_digest  # noqa: PLC0415  # imports torch
+    from hybrid_tools.foreign_statistics import read_powerinfer_statistics, save_imported  # noqa: PLC0415
+
+    config, model = store.manifest.config, store.manifest.model
+    if has_profile(folder) and not settings.restart:
+        raise UsageError(f"{folder}: holds a profile already; --restart replaces it, or choose another -o DIR")
+    profile = read_powerinfer_statistics(source, config, model, store_digest(store), settings.tokens or None)
+    if not settings.tokens:
+        say(f"these files do not say how many tokens were counted: taking the largest count, {profile.num_tokens}")
+    save_imported(profile, config, folder)
+    return profile
 
 
 def _cache_dir(settings: Settings) -> Path:

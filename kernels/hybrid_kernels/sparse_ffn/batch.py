@@ -81,6 +81,8 @@ def _unpacked(
 ) -> torch.Tensor:
     """A block of neurons at a time, in ascending order."""
     output = torch.zeros_like(x)
+    if observe is not None and neurons is not None and len(neurons) == 0:
+        observe(neurons, x.new_zeros(len(x), 0))  # that nothing was computed is to be seen, too
     step = max(1, BLOCK_WEIGHTS // bundles.hidden_size)
     for start in range(0, bundles.num_neurons if neurons is None else len(neurons), step):
         where = slice(start, start + step)

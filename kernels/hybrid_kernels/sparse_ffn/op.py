@@ -25,7 +25,7 @@ def sparse_ffn(
 ) -> torch.Tensor:
     """x: [T, H] float32; active: [T, I] bool, or None for every neuron -> [T, H] float32.
 
-    observe: is called with the values of neurons, block by block, every computed neuron once.
+    observe: is called with the values of neurons, block by block, every computed neuron once; at least one call.
     Raises ValueError when shapes, gate and activation do not fit each other.
     """
     if x.dim() != 2 or x.shape[1] != bundles.hidden_size or x.dtype != torch.float32:

@@ -16,12 +16,13 @@ from hybrid_predictors.study import OraclePredictor, RandomPredictor
 from hybrid_predictors.thresholds import Quality, curve, spend
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.engine import TrainedPredictors
+from hybrid_runtime.errors import UsageError
 from hybrid_runtime.evaluation.held_out import Losses, judged, window_losses
 from hybrid_runtime.generation.sequence import TokenSequence
 from hybrid_runtime.model.decoder import Decoder
 from hybrid_runtime.model.trained_predictors import load_predictors, with_predictors
 from hybrid_runtime.profiling.profile import Profile
-from hybrid_runtime.profiling.profile_file import read_samples
+from hybrid_runtime.profiling.profile_file import read_header, read_samples
 
 Q4 = RowFormat("q4", 32)
 MOST_VALUES = 1 << 24  # neurons times tokens of a layer that thresholds are set on, 64 MiB of logits
@@ -61,7 +62,12 @@ def compare_kinds(
     recall: float,
     on_kind: OnKind,
 ) -> list[KindResult]:
-    """sequence: the model in its exact mode. The kinds that need a gate to decide are left out where it does not."""
+    """sequence: the model in its exact mode. The kinds that need a gate to decide are left out where it does not.
+
+    Raises UsageError for a profile without held-out text or without a sample.
+    """
+    if len(profile.held_out) == 0 or read_header(profile_folder).num_samples == 0:
+        raise UsageError(f"{profile_folder}: has no held-out text or no sample; profile more text, with --samples")
     config = sequence.decoder.config
     kinds: dict[str, Callable[[], Layers]] = {}
     if trained is not None:

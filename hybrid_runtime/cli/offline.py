@@ -1,0 +1,87 @@
+"""What hybrid-run does by itself before it generates with --vram: a short profile and a plan, once.
+
+Both are kept with the store, or in the user's cache; later runs find them. The text is what the package carries, which
+is short and general: a profile of the user's own text places neurons better.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hybrid_runtime.cli.program import say
+from hybrid_runtime.engine import Engine, default_cache_dir
+from hybrid_runtime.errors import BudgetError
+from hybrid_runtime.machine import ram_limit_bytes
+from hybrid_runtime.placement.plan import PLAN, Plan, read_plan, save_plan
+from hybrid_runtime.placement.planning import PLANS_FOLDER, make_planner
+from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER, has_profile
+from hybrid_runtime.profiling.run import ProfileRequest, make_profile
+from hybrid_runtime.progress import console_progress
+from hybrid_runtime.shipped import SHIPPED_TEXT
+from hybrid_runtime.sizes import format_bytes
+from hybrid_runtime.store.beside import beside, store_digest
+
+WINDOW = 256
+SMALL_MODEL_BYTES = 1 << 30
+NUM_TOKENS = 8192  # of a small model: half a minute
+NUM_TOKENS_OF_LARGE = 1024  # some minutes where a token takes a tenth of a second
+SAMPLE_BYTES = 16 << 20
+
+
+def prepare_plan(engine: Engine, vram_bytes: int, ram_bytes: int | None, cache_dir: Path | None) -> Plan:
+    """The plan for these budgets, made now where it was not made before. Raise BudgetError for too little memory."""
+    store, cache = engine.store, cache_dir or default_cache_dir()
+    digest = store_digest(store)
+    folder = beside(store, cache)
+    profile_folder = folder / PROFILE_FOLDER
+    if not has_profile(profile_folder):
+        _profile_shortly(engine, profile_folder)
+    sequence = engine.sequence
+    ram = ram_bytes if ram_bytes is not None else ram_limit_bytes()  # not what is free now: the next run's plan too
+    positions = sequence.cache.num_positions
+    plan_folder = folder / PLANS_FOLDER / f"run-vram-{vram_bytes >> 20}M-ram-{ram >> 20}M-ctx-{positions}"
+    if (plan_folder / PLAN).is_file():
+        plan, _ = read_plan(plan_folder, engine.config, digest)
+    else:
+        planner = make_planner(
+            store,
+            profile_folder,
+            None,
+            num_positions=positions,
+            kv_dtype=sequence.cache.dtype,
+            num_threads=sequence.decoder.team.num_threads,
+            gpu_name=None,
+            cache_dir=cache,
+            say=say,
+        )
+        plan, tiers = planner.plan(vram_bytes, ram, allow_disk=True)
+        save_plan(plan_folder, plan, tiers)
+        say(
+            f"planned: {plan.tokens_per_s:.1f} tokens/s expected, {format_bytes(plan.vram_used_bytes)} of VRAM and "
+            f"{format_bytes(plan.ram_used_bytes)} of RAM used. Better: hybrid-profile {store.folder} --text FILE with "
+            "text like yours, then hybrid-predictors train"
+        )
+    return plan
+
+
+def _profile_shortly(engine: Engine, folder: Path) -> None:
+    """Count on the package's own text."""
+    store, sequence = engine.store, engine.sequence
+    window = min(WINDOW, sequence.cache.num_positions)
+    tokens = NUM_TOKENS if store.num_bytes < SMALL_MODEL_BYTES else NUM_TOKENS_OF_LARGE
+    if window < 2:
+        raise BudgetError(f"--ctx {window}: too short to profile with; give at least 2, or leave --vram out")
+    request = ProfileRequest((SHIPPED_TEXT,), max(tokens, window), window, SAMPLE_BYTES)
+    progress = console_progress()
+    progress.start(f"profiling {store.manifest.model} once, for --vram", max(tokens, window), "tokens")
+    seen = 0
+
+    def on_window(num_tokens: int) -> None:
+        nonlocal seen
+        progress.advance(num_tokens - seen)
+        seen = num_tokens
+
+    try:
+        make_profile(store, sequence, engine.tokenizer, request, folder, on_window)
+    finally:
+        progress.done()
