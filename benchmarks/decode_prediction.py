@@ -121,7 +121,7 @@ def compare(model: str, name: str, folder: Path) -> Row:
         opened.num_threads,
         1e3 * predicted.total_s,
         1e3 * statistics.median(measured),
-        opened.memory_plan.total,
+        opened.memory_plan.expected,
         peak_bytes,
         {part: 1e3 * seconds for part, seconds in asdict(predicted).items()},
         {part: 1e3 * statistics.median(each[part] for each in parts) for part in parts[0]},

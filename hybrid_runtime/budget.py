@@ -17,6 +17,8 @@ PREFILL_BATCH = 256  # tokens
 KERNEL_BLOCK_BYTES = 48 << 20  # blocks that the CPU kernels dequantise into, with their temporaries
 # What Numba and LLVM take to compile the kernels, and keep. Measured: 30 MiB from Numba's cache, 110 MiB without it.
 COMPILER_BYTES = 112 << 20
+LOADED_KERNELS_BYTES = 50 << 20  # what linking them takes where they were compiled before, measured
+EXPECTED_BLOCK_BYTES = 20 << 20  # of KERNEL_BLOCK_BYTES and the allocator's share, what runs were seen to take
 CONVERSION_BLOCK_BYTES = 128 << 20  # blocks of 16 MiB in several stages, beside one whole down projection
 CONVERSION_RESIDUE_BYTES = 64 << 20  # of those, what the allocator has not given back when the model is loaded
 ADVICE_SLACK_BYTES = 8 << 20  # the program's own part differs from run to run, and the advice should hold in the next
@@ -59,6 +61,12 @@ class MemoryPlan:
         residue = min(self.conversion, CONVERSION_RESIDUE_BYTES)
         run = self.weights + self.kv_cache + self.workspace + residue
         return int((lasting + max(run, self.conversion)) * (1 + ALLOCATOR_SHARE))
+
+    @property
+    def expected(self) -> int:
+        """What a run will rather take, kernels compiled before and nothing converted; `total` is what is promised."""
+        workspace = self.workspace - KERNEL_BLOCK_BYTES + EXPECTED_BLOCK_BYTES
+        return self.program + LOADED_KERNELS_BYTES + self.weights + self.kv_cache + workspace
 
     def describe(self) -> str:
         """The table on one line."""

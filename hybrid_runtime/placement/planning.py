@@ -74,7 +74,7 @@ class Planner:
             ram_bytes,
             self.num_positions,
             self.conditions.kv_dtype,
-            memory.program + memory.workspace + memory.compiler,
+            memory.expected - memory.kv_cache,  # that has a part of its own
             allow_disk,
         )
         name = self.no_gpu_reason if gpu is None else gpu.name

@@ -104,6 +104,34 @@ def test_promise_is_kept_and_not_grossly_overestimated(
     assert abs(planned - promised) <= 10 * MIB  # what the summary calls planned is what was promised, less the slack
 
 
+EXPECT = """
+import sys, torch
+from hybrid_runtime.engine import LoadOptions, open_model
+from hybrid_runtime.machine import peak_rss_bytes
+from hybrid_runtime.stores import ModelRequest
+options = LoadOptions(num_positions=256, threads=1, kv_dtype="f16")
+opened = open_model(ModelRequest(sys.argv[1]), options, needs_tokenizer=False)
+sequence = opened.load_sequence()
+sequence.decoder.forward(torch.arange(100), sequence.cache)
+for token in range(10):
+    sequence.decoder.forward(torch.tensor([token]), sequence.cache)
+print(opened.memory_plan.expected, peak_rss_bytes())
+"""
+
+
+@pytest.mark.parametrize("quant", ["q8", "q4"])
+def test_what_is_expected_is_what_a_run_takes(large, tmp_path, quant):
+    store = convert_model(ModelRequest(str(large), quant), tmp_path / "store", tmp_path, NoProgress())
+    for _ in range(2):  # the first run may have to compile kernels
+        command = [sys.executable, "-c", EXPECT, str(store.folder)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        output = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, check=True, env=environment
+        ).stdout
+    expected, measured = map(int, output.split())
+    assert measured * 0.95 <= expected <= measured * 1.05
+
+
 def test_promise_holds_for_scoring_every_token(large, tmp_path):
     text = tmp_path / "text"
     text.write_text("x" * 1100)
