@@ -13,14 +13,19 @@ from safetensors.torch import save_file
 from hybrid_runtime.errors import BudgetError, CheckpointError
 from hybrid_runtime.whole_files import TEMPORARY, sync_folder
 
+ABANDONED = ".tmp??????"  # as the library names what it writes before it renames it
 Expected = Mapping[str, tuple[tuple[int | None, ...], torch.dtype]]
 """Name to shape and dtype; None stands for any size."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, whole or not at all. Raise BudgetError when it cannot be written."""
+    """A safetensors file, whole or not at all. Raise BudgetError when it cannot be written.
+
+    One writer a folder at a time: what a kill left there of an earlier one is removed.
+    """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
+        remove_abandoned(path.parent)
         save_file(dict(tensors), temporary, dict(metadata) or None)
         temporary.chmod(0o644)  # safetensors leaves it readable for its owner alone
         with temporary.open("rb+") as file:
@@ -32,6 +37,12 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         raise BudgetError(
             f"{path}: could not be written: {error}; what was saved before is untouched; make room and run again"
         ) from error
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Away with the files that safetensors began under names of its own, and a kill left."""
+    for path in folder.glob(ABANDONED):
+        path.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path, expected: Expected, remedy: str) -> dict[str, torch.Tensor]:

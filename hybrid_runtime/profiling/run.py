@@ -56,7 +56,7 @@ from hybrid_runtime.profiling.windows import require_windows, text_digest, token
 from hybrid_runtime.store.beside import store_digest
 from hybrid_runtime.store.reader import Store
 from hybrid_runtime.strict_json import parse_json_object
-from hybrid_runtime.tensor_files import read_metadata, read_tensors, write_tensors
+from hybrid_runtime.tensor_files import read_metadata, read_tensors, remove_abandoned, write_tensors
 from hybrid_runtime.text.tokenizer import Tokenizer
 from hybrid_runtime.typed_json import from_json
 from hybrid_runtime.whole_files import TEMPORARY
@@ -182,6 +182,7 @@ def _forget(work: Path) -> None:
     with contextlib.suppress(OSError):
         for name in (STATE + TEMPORARY, RAW_SAMPLES):
             (work / name).unlink(missing_ok=True)
+        remove_abandoned(work)
         work.rmdir()
 
 

@@ -52,3 +52,10 @@ def test_files_that_are_not_there_or_broken_are_named(tmp_path):
     for read in (lambda path: read_tensors(path, EXPECTED, "do it again"), lambda path: read_metadata(path, "do it")):
         with pytest.raises(CheckpointError, match=r"a\.safetensors: cannot be read as safetensors"):
             read(tmp_path / "a.safetensors")
+
+
+def test_what_a_kill_left_under_the_librarys_own_name_is_removed(tmp_path):
+    (tmp_path / ".tmpa1B2c3").write_bytes(b"half")
+    (tmp_path / ".tmp").write_bytes(b"somebody's")
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp", "a.safetensors"]

@@ -104,7 +104,7 @@ def test_a_quantised_store_is_the_model_of_its_dequantised_weights(tmp_path, nam
             assert error > lowest or tensor.shape[1] < 32, weight  # a few columns can be fitted nearly exactly
 
 
-def rounded_ffn(x, bundles, activation, active=None, *, team):
+def rounded_ffn(x, bundles, activation, active=None, *, team, observe=None):
     """What a batch computes, by the references: neurons that no token needs are left out before they are grouped."""
     hidden, rows = ffn_reference.rounded_hidden(x, bundles, activation, active), bundles.down_proj_t
     if active is not None and active.any(dim=0).sum() < ffn_batch.WORTHWHILE_SHARE * bundles.num_neurons:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from importlib import import_module
 
 import filelock
 import pytest
@@ -17,7 +18,6 @@ from hybrid_runtime.profiling.counting import FiringCounter
 from hybrid_runtime.profiling.profile import LAYER_FIELDS, empty_layers, watched_neurons
 from hybrid_runtime.profiling.profile_file import read_profile
 from hybrid_runtime.profiling.run import (
-    HELD_OUT_EVERY,
     LOCK,
     RAW_SAMPLES,
     STATE,
@@ -33,16 +33,27 @@ from hybrid_runtime.tensor_files import read_metadata
 from .conftest import SAMPLE_BYTES, WINDOW, text_of
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text"
-    path.write_text(text_of(11, 30))
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Some fifteen windows."""
+    path = tmp_path_factory.mktemp("text") / "text"
+    path.write_text(text_of(11, 14))
     return path
 
 
+@pytest.fixture(scope="module")
+def whole(small, text, tmp_path_factory):
+    """The files of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    request = ProfileRequest((text,), None, WINDOW, SAMPLE_BYTES)
+    make_profile(small.store, small.sequence, small.tokenizer, request, folder, lambda _: None)
+    return files_of(folder)
+
+
 @pytest.fixture
-def make(small, text, tmp_path):
+def make(small, text, tmp_path, monkeypatch):
     """Profile the text into tmp_path/name."""
+    monkeypatch.setattr("os.fsync", lambda _: None)  # costs most of the time, and no process sees the difference
 
     def make(name, *, num_tokens=None, sample_bytes=SAMPLE_BYTES, on_window=lambda _: None, **options):
         request = ProfileRequest((text,), num_tokens, options.pop("window", WINDOW), sample_bytes, **options)
@@ -82,12 +93,12 @@ class Interrupt:
 
 def test_counts_are_those_of_every_window_but_the_held_out_ones(small, text, make, monkeypatch):
     monkeypatch.setattr(module, "HELD_OUT_EVERY", 3)
-    monkeypatch.setattr(module, "MOST_HELD_OUT", 4)
+    monkeypatch.setattr(module, "MOST_HELD_OUT", 3)
     profile, was_there = make("profile")
     assert not was_there
     windows = list(token_windows([text], small.tokenizer, WINDOW))
-    held_out = [2, 5, 8, 11]
-    assert len(windows) > 15
+    held_out = [2, 5, 8]
+    assert len(windows) > 12
     assert torch.equal(profile.held_out, torch.stack([windows[idx] for idx in held_out]).int())
     counted = [tokens for idx, tokens in enumerate(windows) if idx not in held_out]
     assert profile.num_tokens == len(counted) * WINDOW
@@ -102,14 +113,15 @@ def test_counts_are_those_of_every_window_but_the_held_out_ones(small, text, mak
         assert all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in LAYER_FIELDS)
 
 
-@pytest.mark.parametrize(("num_tokens", "counted"), [(WINDOW, 1), (WINDOW + 1, 2), (17 * WINDOW, 17)])
-def test_as_many_windows_are_counted_as_the_tokens_need(make, num_tokens, counted):
+@pytest.mark.parametrize(("num_tokens", "counted"), [(WINDOW, 1), (WINDOW + 1, 2), (7 * WINDOW, 7)])
+def test_as_many_windows_are_counted_as_the_tokens_need(make, monkeypatch, num_tokens, counted):
+    monkeypatch.setattr(module, "HELD_OUT_EVERY", 3)
     told = []
     profile, _ = make("profile", num_tokens=num_tokens, on_window=told.append)
     assert profile.num_tokens == counted * WINDOW
-    held_out = counted // HELD_OUT_EVERY
-    assert len(profile.held_out) == held_out
-    assert told == sorted([idx * WINDOW for idx in range(counted + 1)] + [15 * WINDOW] * held_out)
+    assert len(profile.held_out) == (counted - 1) // 2
+    held_out = [(2 * idx + 2) * WINDOW for idx in range(len(profile.held_out))]
+    assert told == sorted([idx * WINDOW for idx in range(counted + 1)] + held_out)
 
 
 def test_no_window_and_no_rows_are_held_when_the_next_is_computed(make, monkeypatch):
@@ -133,7 +145,7 @@ def test_no_window_and_no_rows_are_held_when_the_next_is_computed(make, monkeypa
         "profile",
         on_window=lambda _: alive.append([sum(r() is not None for r in refs) for refs in (windows, samplers)]),
     )
-    assert len(samplers) > 20
+    assert len(samplers) > 10
     assert max(count for count, _ in alive) <= 2
     assert max(count for _, count in alive) <= 1
 
@@ -149,7 +161,7 @@ def test_state_does_not_grow_with_the_text(make, tmp_path, monkeypatch):
 
     make("profile", on_window=look)
     full = [size for size in sizes if size[0] > sizes[0][0]] or sizes
-    assert len(full) > 20
+    assert len(full) > 8
     assert max(state for state, _ in full) - min(state for state, _ in full) < 64  # digits of the counts
     assert len({raw for _, raw in sizes}) == 1
 
@@ -157,7 +169,7 @@ def test_state_does_not_grow_with_the_text(make, tmp_path, monkeypatch):
 MOMENTS = {
     "before-a-window": ("hybrid_runtime.profiling.run._Run._after", 9, False),
     "after-a-window": ("hybrid_runtime.profiling.run._Run._after", 9, True),
-    "in-a-batch": ("hybrid_runtime.profiling.counting.FiringCounter.see_neurons", 51, False),
+    "in-a-batch": ("hybrid_runtime.profiling.counting.FiringCounter.see_neurons", 21, False),
     "before-rows": ("hybrid_runtime.profiling.samples.SampleFile.write", 11, False),
     "between-rows": ("hybrid_runtime.profiling.samples.SampleFile.write", 11, True),
     "before-the-state": ("hybrid_runtime.profiling.run.write_tensors", 5, False),
@@ -170,19 +182,18 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize(("where", "at", "after"), MOMENTS.values(), ids=MOMENTS)
-def test_interrupted_anywhere_it_ends_with_the_same_bytes(make, tmp_path, monkeypatch, where, at, after):
+def test_interrupted_anywhere_it_ends_with_the_same_bytes(make, whole, tmp_path, monkeypatch, where, at, after):
     monkeypatch.setattr(module, "SAVE_EVERY_S", 0)
-    make("whole")
     path, name = where.rsplit(".", 1)
     owner = {"_Run": module._Run, "FiringCounter": FiringCounter, "SampleFile": SampleFile}.get(path.rsplit(".", 1)[1])
-    function = pytest.importorskip(path).__dict__[name] if owner is None else owner.__dict__[name]
+    function = import_module(path).__dict__[name] if owner is None else owner.__dict__[name]
     with monkeypatch.context() as patch:
         patch.setattr(where, Interrupt(function, at, after=after))
         with pytest.raises(KeyboardInterrupt):
             make("ended")
     told = []
     make("ended", on_window=told.append)
-    assert files_of(tmp_path / "ended") == files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "ended") == whole
     if where.endswith("_after"):
         assert told[0] == 8 * WINDOW  # what was counted was saved by the interruption
         assert told[1:]
@@ -276,7 +287,7 @@ def test_two_runs_at_once_are_refused(make, tmp_path):
         make("profile")
 
 
-def test_nan_ends_the_run_and_keeps_what_was_saved(make, tmp_path, monkeypatch):
+def test_nan_ends_the_run_and_keeps_what_was_saved(make, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SAVE_EVERY_S", 0)
     forward, calls = Decoder.forward, []
 
@@ -291,11 +302,10 @@ def test_nan_ends_the_run_and_keeps_what_was_saved(make, tmp_path, monkeypatch):
     told = []
     make("ended", on_window=told.append)
     assert told[0] == 3 * WINDOW
-    make("whole")
-    assert files_of(tmp_path / "ended") == files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "ended") == whole
 
 
-def test_a_full_disk_in_the_middle_is_said_and_the_run_goes_on(make, tmp_path, monkeypatch):
+def test_a_full_disk_in_the_middle_is_said_and_the_run_goes_on(make, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SAVE_EVERY_S", 0)
     sync, calls = SampleFile.sync, []
 
@@ -311,9 +321,8 @@ def test_a_full_disk_in_the_middle_is_said_and_the_run_goes_on(make, tmp_path, m
             make("ended")
     told = []
     make("ended", on_window=told.append)
-    make("whole")
     assert told[0] == 5 * WINDOW
-    assert files_of(tmp_path / "ended") == files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "ended") == whole
 
 
 def test_requests_that_mean_nothing_are_refused(tmp_path):

@@ -13,8 +13,8 @@ from fork_server import Fault, serve
 
 def install(fault: Fault) -> None:
     """Let a checkpoint's file be there by half before the rest of it is written."""
-    checkpoint = import_module("hybrid_tools.training.checkpoint")
-    save_whole = checkpoint.save_file
+    tensor_files = import_module("hybrid_runtime.tensor_files")
+    save_whole = tensor_files.save_file
 
     def save_half_first(tensors, path, metadata):
         save_whole(tensors, path, metadata)
@@ -24,7 +24,7 @@ def install(fault: Fault) -> None:
         with open(os.open(path, os.O_WRONLY), "wb", closefd=True) as file:  # noqa: PTH123  # a descriptor
             file.write(data)
 
-    checkpoint.save_file = save_half_first
+    tensor_files.save_file = save_half_first
     fault.install()
 
 
