@@ -210,6 +210,9 @@ def read_plan(folder: Path, config: ModelConfig, model_digest: str | None = None
         raise CheckpointError(f"{path}: {error}; {REMEDY}") from error
     if model_digest is not None and plan.model_digest != model_digest:
         raise CheckpointError(f"{path}: is of another store of {plan.model}; {REMEDY}")
+    order, last = [layer.layer_idx for layer in plan.layers], config.num_hidden_layers - 1
+    if order != list(range(last + 1)):
+        raise CheckpointError(f"{path}: has layers {order}, expected 0 to {last}; {REMEDY}")
     shape = (max(1, config.num_experts), config.intermediate_size)
     expected = {f"layers.{idx}": (shape, torch.uint8) for idx in range(config.num_hidden_layers)}
     tiers = list(read_tensors(folder / TIERS, expected, REMEDY).values())

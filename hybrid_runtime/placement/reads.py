@@ -76,6 +76,7 @@ def _row_reads(
     tokens = profile.layers[layer_idx].tokens.double() / max(1, profile.num_tokens)
     routed = tokens.unsqueeze(1).expand_as(fired)
     named = routed if reading.named_for_one is None else torch.minimum(fired * reading.named_for_one, routed)
+    down = torch.minimum(fired, named)  # a strict predictor leaves some out that would fire
     if not config.activation.is_gated:
-        return torch.zeros_like(fired), named, fired
-    return named, torch.minimum(fired * reading.gates_for_one, named), fired
+        return torch.zeros_like(fired), named, down
+    return named, torch.minimum(fired * reading.gates_for_one, named), down

@@ -119,7 +119,7 @@ def test_tokens_of_a_long_text_are_not_held(tmp_path, monkeypatch, separator):
 
     short, long = 1 << 16, 1 << 20
     document = 3 * (long - short) if separator == " " else 0  # in pieces, joined, and stripped: a byte a character
-    assert peak(long) < 1.2 * peak(short) + document
+    assert peak(long) < peak(short) + document + (1 << 18)  # of a mebibyte: other threads of the tests allocate too
 
 
 def test_digest_is_of_the_files_and_their_order(tmp_path):
