@@ -70,7 +70,7 @@ def predict_decode_time(manifest: Manifest, speeds: MachineSpeeds, conditions: D
     )
     kernel = speeds.kernel(manifest.quantization.weights)
     dense, sparse = _bytes_per_s(manifest, speeds, kernel)
-    operations = _operations(config, conditions)
+    operations = _operations(manifest, conditions)
     looked_at = _positions(config, conditions.mean_length) * config.num_attention_heads * config.head_dim
     num_rows = conditions.rows.gate + conditions.rows.up + conditions.rows.down
     extra = {name: count * kernel.operation_s for name, count in operations.items()}
@@ -168,12 +168,16 @@ def _positions(config: ModelConfig, mean_length: float) -> float:
     return sum(mean_length if window is None else min(mean_length, window) for window in windows)
 
 
-def _operations(config: ModelConfig, conditions: DecodeConditions) -> dict[str, int]:
+def _operations(manifest: Manifest, conditions: DecodeConditions) -> dict[str, int]:
     """Of token_program.py, by part."""
+    config, quantization = manifest.config, manifest.quantization
     layers = config.num_hidden_layers
+    has_finer_keys = quantization.finer != quantization.weights and config.num_key_value_heads < (
+        config.num_attention_heads
+    )
     return {
         "embedding": 1,
-        "attention": 2 * layers,
+        "attention": (3 if has_finer_keys else 2) * layers,  # keys of another format are projected apart
         "kv_cache": layers,
         "router": 2 * layers if config.num_experts else 0,
         "predictor": 2 * layers if conditions.uses_predictor else 0,

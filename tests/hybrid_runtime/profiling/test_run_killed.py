@@ -128,7 +128,8 @@ def test_ended_at_three_random_moments_it_ends_with_the_same_bytes(ending, serve
     for after in sorted(moments.sample(range(1, 40), 3)):
         before = windows_of(ended)  # the last run may have come further than asked: this one has to begin its work
         running = server.start(*argv(store, ended, *LONG), fault=unharmed(ended))
-        running.wait_for(lambda least=max(after, before + 1): windows_of(ended) >= least)
+        least = max(after, before + 1)
+        running.wait_for(lambda least=least: windows_of(ended) >= least)
         time.sleep(moments.uniform(0.0, 0.01))
         signal.pidfd_send_signal(running.pidfd, ending)
         code = running.wait()
