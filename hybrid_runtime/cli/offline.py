@@ -10,11 +10,11 @@ from pathlib import Path
 
 from hybrid_runtime.cli.program import say
 from hybrid_runtime.engine import Engine, default_cache_dir
-from hybrid_runtime.errors import BudgetError
+from hybrid_runtime.errors import BudgetError, CheckpointError
 from hybrid_runtime.machine import ram_limit_bytes
 from hybrid_runtime.placement.plan import PLAN, Plan, read_plan, save_plan
 from hybrid_runtime.placement.planning import PLANS_FOLDER, make_planner
-from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER, has_profile
+from hybrid_runtime.profiling.profile_file import PROFILE, PROFILE_FOLDER, has_profile
 from hybrid_runtime.profiling.run import ProfileRequest, make_profile
 from hybrid_runtime.progress import console_progress
 from hybrid_runtime.shipped import SHIPPED_TEXT
@@ -31,7 +31,6 @@ SAMPLE_BYTES = 16 << 20
 def prepare_plan(engine: Engine, vram_bytes: int, ram_bytes: int | None, cache_dir: Path | None) -> Plan:
     """The plan for these budgets, made now where it was not made before. Raise BudgetError for too little memory."""
     store, cache = engine.store, cache_dir or default_cache_dir()
-    digest = store_digest(store)
     folder = beside(store, cache)
     profile_folder = folder / PROFILE_FOLDER
     if not has_profile(profile_folder):
@@ -40,19 +39,20 @@ def prepare_plan(engine: Engine, vram_bytes: int, ram_bytes: int | None, cache_d
     ram = ram_bytes if ram_bytes is not None else ram_limit_bytes()  # not what is free now: the next run's plan too
     positions = sequence.cache.num_positions
     plan_folder = folder / PLANS_FOLDER / f"run-vram-{vram_bytes >> 20}M-ram-{ram >> 20}M-ctx-{positions}"
-    if (plan_folder / PLAN).is_file():
-        plan, _ = read_plan(plan_folder, engine.config, digest)
-    else:
+    plan = _kept_plan(engine, plan_folder, profile_folder)
+    if plan is None:
         planner = make_planner(
             store,
             profile_folder,
             None,
+            mode=sequence.decoder.predictor_mode,
             num_positions=positions,
             kv_dtype=sequence.cache.dtype,
             num_threads=sequence.decoder.team.num_threads,
             gpu_name=None,
             cache_dir=cache,
             say=say,
+            program_bytes=engine.memory_plan.program,  # now the model is loaded, which has parts of its own
         )
         plan, tiers = planner.plan(vram_bytes, ram, allow_disk=True)
         save_plan(plan_folder, plan, tiers)
@@ -62,6 +62,16 @@ def prepare_plan(engine: Engine, vram_bytes: int, ram_bytes: int | None, cache_d
             "text like yours, then hybrid-predictors train"
         )
     return plan
+
+
+def _kept_plan(engine: Engine, folder: Path, profile_folder: Path) -> Plan | None:
+    """The one that an earlier run left; None where it is not there or damaged, or follows from what is past."""
+    try:
+        plan, _ = read_plan(folder, engine.config, store_digest(engine.store))
+    except CheckpointError:
+        return None
+    is_newer = (folder / PLAN).stat().st_mtime_ns >= (profile_folder / PROFILE).stat().st_mtime_ns
+    return plan if is_newer and plan.kv_dtype == engine.sequence.cache.dtype else None
 
 
 def _profile_shortly(engine: Engine, folder: Path) -> None:

@@ -6,7 +6,7 @@ problem gets seconds for each active neuron (`layer_costs`) and adds the layers 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from hybrid_runtime.benchmarking.bytes_touched import BytesTouched, NeuronRows, bytes_touched
 from hybrid_runtime.config import ModelConfig
@@ -19,6 +19,7 @@ from hybrid_runtime.store.manifest import Manifest
 
 CACHED_SHARE = 0.75  # of the last level's cache: what a model can take of it and still be read from there
 READ_BYTES = 4096  # of a disk: bundles are read in whole pages
+NEURON_OPERATIONS = 2  # of a layer: the rows, their sum
 LAUNCHES_PER_LAYER = 3  # of a layer's hot neurons: gate and up, down, merge
 
 
@@ -48,7 +49,8 @@ class DecodeTime:
 @dataclass(frozen=True, slots=True)
 class DecodeConditions:
     """rows: that one token reads, summed over layers; every_gate: whether the gates of all neurons are read, side by
-    side, or those of named ones; mean_length: tokens that a token looks back on, its own included.
+    side, or those of named ones; mean_length: tokens that a token looks back on, its own included. predictor_bytes: of
+    all layers' predictors that lie beside the store; None: those in it are used, if any.
     """
 
     rows: NeuronRows
@@ -56,11 +58,11 @@ class DecodeConditions:
     uses_predictor: bool
     mean_length: float
     kv_dtype: KvDtype
+    predictor_bytes: int | None = None
 
 
-def predict_decode_time(manifest: Manifest, speeds: MachineSpeeds, conditions: DecodeConditions) -> DecodeTime:
-    """For the CPU alone."""
-    config = manifest.config
+def token_bytes(manifest: Manifest, conditions: DecodeConditions) -> BytesTouched:
+    """That one token reads."""
     touched = bytes_touched(
         manifest,
         conditions.rows,
@@ -68,11 +70,22 @@ def predict_decode_time(manifest: Manifest, speeds: MachineSpeeds, conditions: D
         mean_length=conditions.mean_length,
         kv_dtype=conditions.kv_dtype,
     )
+    if conditions.predictor_bytes is None or not conditions.uses_predictor:
+        return touched
+    config = manifest.config
+    routed = config.num_experts_per_tok / config.num_experts if config.num_experts else 1.0
+    return replace(touched, predictor=conditions.predictor_bytes * routed)
+
+
+def predict_decode_time(manifest: Manifest, speeds: MachineSpeeds, conditions: DecodeConditions) -> DecodeTime:
+    """For the CPU alone."""
+    config = manifest.config
+    touched = token_bytes(manifest, conditions)
     kernel = speeds.kernel(manifest.quantization.weights)
     dense, sparse = _bytes_per_s(manifest, speeds, kernel)
     operations = _operations(manifest, conditions)
     looked_at = _positions(config, conditions.mean_length) * config.num_attention_heads * config.head_dim
-    num_rows = conditions.rows.gate + conditions.rows.up + conditions.rows.down
+    rows_s = _neurons_s(manifest, conditions, touched, dense, sparse) + _num_rows(conditions.rows) * kernel.row_s
     extra = {name: count * kernel.operation_s for name, count in operations.items()}
     return DecodeTime(
         embedding=extra["embedding"] + touched.embedding / dense,
@@ -80,23 +93,28 @@ def predict_decode_time(manifest: Manifest, speeds: MachineSpeeds, conditions: D
         kv_cache=extra["kv_cache"] + touched.kv_cache / dense + looked_at * kernel.attention_value_s,
         router=extra["router"] + touched.router / dense,
         predictor=extra["predictor"] + touched.predictor / dense,
-        neurons=extra["neurons"] + _neurons_s(manifest, conditions, touched, dense, sparse) + num_rows * kernel.row_s,
+        neurons=extra["neurons"] + rows_s,
         head=extra["head"] + touched.head / dense,
     )
 
 
-def layer_costs(manifest: Manifest, speeds: MachineSpeeds, gpu: GpuSpeeds | None) -> LayerCosts:
+def layer_costs(
+    manifest: Manifest, speeds: MachineSpeeds, conditions: DecodeConditions, gpu: GpuSpeeds | None
+) -> LayerCosts:
     """Seconds per bundle that is read whole, alike in all layers.
 
+    On the CPU a row costs what the rows of a token's neurons cost on average, so that they add up to the prediction.
     The GPU reads at its memory's speed and pays its launches with the sync: one copy of the input there, one of the
     partial sums (merge `output`: hidden_size floats) or of indices and values (`hidden`) over the bus.
     """
     config, kernel = manifest.config, speeds.kernel(manifest.quantization.weights)
     row = manifest.quantization.weights.row_bytes(config.hidden_size)
-    _, sparse = _bytes_per_s(manifest, speeds, kernel)
+    dense, sparse = _bytes_per_s(manifest, speeds, kernel)
     rows = 3 if config.activation.is_gated else 2
     bundle_bytes = rows * row
-    cpu_s = bundle_bytes / sparse + rows * kernel.row_s
+    neurons_s = _neurons_s(manifest, conditions, token_bytes(manifest, conditions), dense, sparse)
+    num_rows = _num_rows(conditions.rows)
+    cpu_s = rows * (kernel.row_s + (neurons_s / num_rows if num_rows else row / sparse))
     pages = -(-bundle_bytes // READ_BYTES)
     disk_s = max(pages / speeds.disk.small_reads_per_s, bundle_bytes / speeds.disk.bytes_per_s)
     if gpu is None:
@@ -126,11 +144,12 @@ def gpu_part_seconds(touched: BytesTouched, config: ModelConfig, gpu: GpuSpeeds)
     }
 
 
-def cpu_part_seconds(time: DecodeTime) -> dict[str, float]:
-    """The same on the CPU, as predicted."""
+def cpu_part_seconds(time: DecodeTime, manifest: Manifest, speeds: MachineSpeeds) -> dict[str, float]:
+    """The same on the CPU, as predicted. Attention's have what the neurons' operations cost beyond their rows."""
+    operation_s = speeds.kernel(manifest.quantization.weights).operation_s
     return {
         "embedding": time.embedding,
-        "attention": time.attention + time.router,
+        "attention": time.attention + time.router + NEURON_OPERATIONS * manifest.config.num_hidden_layers * operation_s,
         "KV cache": time.kv_cache,
         "head": time.head,
         "predictors": time.predictor,
@@ -146,6 +165,10 @@ def _neurons_s(
     row = manifest.quantization.weights.row_bytes(manifest.config.hidden_size)
     gates = conditions.rows.gate * row
     return gates / _strided(dense, sparse) + (touched.neurons - gates) / sparse
+
+
+def _num_rows(rows: NeuronRows) -> float:
+    return rows.gate + rows.up + rows.down
 
 
 def _strided(dense: float, sparse: float) -> float:
@@ -181,6 +204,6 @@ def _operations(manifest: Manifest, conditions: DecodeConditions) -> dict[str, i
         "kv_cache": layers,
         "router": 2 * layers if config.num_experts else 0,
         "predictor": 2 * layers if conditions.uses_predictor else 0,
-        "neurons": 2 * layers,
+        "neurons": NEURON_OPERATIONS * layers,
         "head": 1,
     }

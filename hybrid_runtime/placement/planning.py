@@ -8,17 +8,18 @@ from pathlib import Path
 
 import torch
 
-from hybrid_runtime.benchmarking.bytes_touched import bytes_touched
 from hybrid_runtime.budget import MemoryNeeds, plan_memory
 from hybrid_runtime.errors import UsageError
 from hybrid_runtime.machine import current_rss_bytes, describe_machine
-from hybrid_runtime.model.kv_cache import KvDtype
+from hybrid_runtime.model.decoder import PredictorMode, choose_predictor_mode
+from hybrid_runtime.model.kv_cache import KvDtype, check_kv_dtype
 from hybrid_runtime.placement.decode_time import (
     DecodeConditions,
     cpu_part_seconds,
     gpu_part_seconds,
     layer_costs,
     predict_decode_time,
+    token_bytes,
 )
 from hybrid_runtime.placement.plan import Plan, PlanRequest, TokenCosts, make_plan
 from hybrid_runtime.placement.reads import Reading, expected_reads, expected_rows, measured_gates_for_one
@@ -38,7 +39,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Planner:
-    """Everything that plans for one store on one machine have in common. gpu: None plans for the CPU alone."""
+    """Everything that plans for one store on one machine have in common. gpu: None plans for the CPU alone.
+
+    program_bytes: of the process without the model.
+    """
 
     store: Store
     profile: Profile
@@ -49,26 +53,20 @@ class Planner:
     conditions: DecodeConditions
     predictor_bytes: tuple[int, ...] | None
     num_positions: int
+    program_bytes: int
 
     def plan(self, vram_bytes: int, ram_bytes: int, *, allow_disk: bool) -> tuple[Plan, list[torch.Tensor]]:
         """Raise BudgetError, with the numbers, for budgets that cannot hold the model."""
         manifest = self.store.manifest
-        touched = bytes_touched(
-            manifest,
-            self.conditions.rows,
-            uses_predictor=self.conditions.uses_predictor,
-            mean_length=self.conditions.mean_length,
-            kv_dtype=self.conditions.kv_dtype,
-        )
         gpu = self.gpu if vram_bytes else None
+        time = predict_decode_time(manifest, self.speeds, self.conditions)
         costs = TokenCosts(
-            cpu_part_seconds(predict_decode_time(manifest, self.speeds, self.conditions)),
-            {} if gpu is None else gpu_part_seconds(touched, manifest.config, gpu),
-            layer_costs(manifest, self.speeds, gpu),
+            cpu_part_seconds(time, manifest, self.speeds),
+            {} if gpu is None else gpu_part_seconds(token_bytes(manifest, self.conditions), manifest.config, gpu),
+            layer_costs(manifest, self.speeds, self.conditions, gpu),
         )
-        memory = plan_memory(
-            manifest.config, MemoryNeeds(0, self.num_positions, self.conditions.kv_dtype), current_rss_bytes()
-        )
+        needs = MemoryNeeds(0, self.num_positions, self.conditions.kv_dtype)
+        memory = plan_memory(manifest.config, needs, self.program_bytes)
         request = PlanRequest(
             vram_bytes if gpu is not None else 0,
             ram_bytes,
@@ -86,37 +84,52 @@ def make_planner(
     profile_folder: Path,
     predictors: PredictorHeader | None,
     *,
+    mode: PredictorMode | None,
     num_positions: int,
     kv_dtype: KvDtype,
     num_threads: int,
     gpu_name: str | None,
     cache_dir: Path,
     say: Say,
+    program_bytes: int | None = None,
 ) -> Planner:
     """Read the profile and measure the machine, where that was not done before.
 
-    predictors: trained ones that decoding will use; gpu_name: of KNOWN_GPUS, to plan for one that is not here.
-    Raises UsageError for an unknown name.
+    predictors: trained ones that decoding will use; mode: what it does where there are none, None: as the model was
+    made; gpu_name: of KNOWN_GPUS, to plan for one that is not here; program_bytes: of the process without the model,
+    None: what it takes now. Raises UsageError for an unknown name, and for what the model cannot have.
     """
     config = store.manifest.config
+    if gpu_name is not None and gpu_name not in KNOWN_GPUS:  # before anything is measured
+        raise UsageError(f"--gpu {gpu_name}: expected one of {', '.join(KNOWN_GPUS)}")
+    check_kv_dtype(config, kv_dtype)
+    mode = "trained" if predictors is not None else choose_predictor_mode(config, mode)
+    program_bytes = current_rss_bytes() if program_bytes is None else program_bytes
     profile = read_profile(profile_folder, config, store_digest(store))
     machine = describe_machine()
     speeds = machine_speeds(machine, store.manifest.quantization.weights, num_threads, cache_dir, say)
-    reading = Reading(_named_for_one(store, predictors), measured_gates_for_one(store, profile_folder))
+    reading = Reading(_named_for_one(predictors, mode), measured_gates_for_one(store, profile_folder))
     uses_predictor = reading.named_for_one is not None
+    predictor_bytes = None if predictors is None else tuple(layer.num_bytes for layer in predictors.layers)
     conditions = DecodeConditions(
-        expected_rows(profile, config, reading), not uses_predictor, uses_predictor, num_positions / 2, kv_dtype
+        expected_rows(profile, config, reading),
+        not uses_predictor,
+        uses_predictor,
+        num_positions / 2,
+        kv_dtype,
+        None if predictor_bytes is None else sum(predictor_bytes),
     )
     return Planner(
         store,
         profile,
         expected_reads(profile, config, reading),
         speeds,
-        _gpu(speeds, gpu_name),
+        speeds.gpu if gpu_name is None else KNOWN_GPUS[gpu_name],
         machine.no_gpu_reason or "",
         conditions,
-        None if predictors is None else tuple(layer.num_bytes for layer in predictors.layers),
+        predictor_bytes,
         num_positions,
+        program_bytes,
     )
 
 
@@ -125,18 +138,10 @@ def with_gpu(planner: Planner, gpu: GpuSpeeds) -> Planner:
     return replace(planner, gpu=gpu)
 
 
-def _gpu(speeds: MachineSpeeds, name: str | None) -> GpuSpeeds | None:
-    if name is None:
-        return speeds.gpu
-    if name not in KNOWN_GPUS:
-        raise UsageError(f"--gpu {name}: expected one of {', '.join(KNOWN_GPUS)}")
-    return KNOWN_GPUS[name]
-
-
-def _named_for_one(store: Store, predictors: PredictorHeader | None) -> float | None:
+def _named_for_one(predictors: PredictorHeader | None, mode: PredictorMode) -> float | None:
     """Neurons named for one that fires; None where every gate is read."""
     if predictors is not None:
         named = sum(layer.predicted_density or 0.0 for layer in predictors.layers)
         fired = sum(layer.true_density or 0.0 for layer in predictors.layers)
         return named / fired if named and fired else OWN_NAMED_FOR_ONE
-    return OWN_NAMED_FOR_ONE if store.manifest.config.predictor_input is not None else None
+    return OWN_NAMED_FOR_ONE if mode == "mask" else None

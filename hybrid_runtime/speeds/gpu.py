@@ -50,10 +50,13 @@ KNOWN_GPUS: Mapping[str, GpuSpeeds] = MappingProxyType(
 
 
 def measure_gpu() -> GpuSpeeds | None:
-    """Of the first GPU; None where torch sees none. Takes about a second and 0.6 GiB of its memory."""
+    """Of the first GPU; None where torch can use none. Takes about a second and 0.6 GiB of its memory."""
     if not torch.cuda.is_available():
         return None
-    properties = torch.cuda.get_device_properties(0)
+    try:
+        properties = torch.cuda.get_device_properties(0)
+    except RuntimeError:  # as machine.py, which tells why: a driver is there and the device refuses
+        return None
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     host = torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=True)

@@ -169,6 +169,7 @@ def _planner(settings: Settings) -> Planner:
         store,
         source,
         trained,
+        mode=None if wants_trained else settings.predictor,  # type: ignore[arg-type]  # click offers only these
         num_positions=choose_num_positions(store.manifest.config, settings.ctx),
         kv_dtype=settings.kv_cache or ("f32" if weights.kind == "f32" else "f16"),  # type: ignore[arg-type]
         num_threads=threads,
@@ -188,7 +189,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     from hybrid_runtime.sizes import format_bytes  # noqa: PLC0415
 
     yield f"{plan.model}: {plan.tokens_per_s:.2f} tokens/s predicted, {1e3 * plan.total_s:.2f} ms a token"
-    yield f"GPU: {plan.gpu or 'none'}; context {plan.num_positions} tokens, keys and values in {plan.kv_dtype}"
+    gpu = plan.gpu if plan.vram_bytes else "none"
+    yield f"GPU: {gpu}; context {plan.num_positions} tokens, keys and values in {plan.kv_dtype}"
     yield ""
     yield "device         total          used          free"
     disk = f"disk                    {format_bytes(plan.disk_used_bytes):>14}"
@@ -256,7 +258,10 @@ def _draw(picture: Path, planner: Planner, rows: Sequence[dict[str, float | None
         title=f"{planner.store.manifest.model}, {gpu}: predicted", xlabel="VRAM, GiB", ylabel="tokens/s", ylim=(0, None)
     )
     axes.grid(visible=True, alpha=0.3)
-    figure.savefig(picture, dpi=110)
+    try:
+        figure.savefig(picture, dpi=110)
+    except ValueError as error:  # matplotlib knows kinds of pictures by the name's ending
+        raise UsageError(f"--png {picture}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import torch
 
 from hybrid_kernels.activation import Activation
 from hybrid_kernels.quantization.row_format import RowFormat
+from hybrid_runtime.benchmarking.bytes_touched import NeuronRows
 from hybrid_runtime.config import ModelConfig, RopeConfig
 from hybrid_runtime.model.weight_specs import ffn_names
+from hybrid_runtime.placement.decode_time import DecodeConditions
 from hybrid_runtime.profiling.profile import LayerCounts, Profile, TextDigest
 from hybrid_runtime.speeds.disk import DiskSpeeds
 from hybrid_runtime.speeds.gpu import GpuSpeeds
@@ -95,3 +97,8 @@ def speeds_of(*kernels: KernelSpeeds, cache_bytes: int = 0, gpu: GpuSpeeds | Non
         gpu,
         kernels or tuple(kernel_of(each) for each in (Q4, Q8, F32, RowFormat("bf16"))),
     )
+
+
+def conditions_of(rows=NeuronRows(300, 60, 60), **fields) -> DecodeConditions:  # noqa: B008  # frozen
+    values = {"every_gate": True, "uses_predictor": False, "mean_length": 32.0, "kv_dtype": "f16"}
+    return DecodeConditions(rows, **(values | fields))

@@ -22,14 +22,27 @@ from hybrid_runtime.placement.plan import (
 )
 from hybrid_runtime.placement.reads import Reading, expected_reads
 
-from .made_up import DIGEST, GPU, NUM_TOKENS, Q4, config_of, manifest_of, mixture_of, profile_of, speeds_of
+from .made_up import (
+    DIGEST,
+    GPU,
+    NUM_TOKENS,
+    Q4,
+    conditions_of,
+    config_of,
+    manifest_of,
+    mixture_of,
+    profile_of,
+    speeds_of,
+)
 
 PROGRAM_BYTES = 1 << 20
 NUM_POSITIONS = 64
 CPU_S = {"embedding": 1e-6, "attention": 30e-6, "KV cache": 6e-6, "head": 8e-6, "predictors": 2e-6}
 GPU_S = {"attention": 3e-6, "KV cache": 1e-6, "head": 2e-6, "predictors": 1e-6}
 # a GPU that is worth its merge even for 96 neurons
-COSTS = replace(layer_costs(manifest_of(config_of()), speeds_of(), GPU), sync_s=1e-7, hidden_sync_s=1e-7)
+COSTS = replace(
+    layer_costs(manifest_of(config_of()), speeds_of(), conditions_of(), GPU), sync_s=1e-7, hidden_sync_s=1e-7
+)
 MODELS = {
     "dense": config_of(),
     "mixture": mixture_of(),
@@ -79,7 +92,7 @@ def test_tiers_are_what_the_plan_counts_and_the_budgets_hold_them(name):
     for request in budgets(config):
         plan, tiers = planned(config, request)
         assert [layer.layer_idx for layer in plan.layers] == list(range(config.num_hidden_layers))
-        counted = {tier: 0 for tier in TIER_CODES}
+        counted = dict.fromkeys(TIER_CODES, 0)
         down_rows = 0
         for layer, of_layer in zip(plan.layers, tiers, strict=True):
             assert of_layer.dtype == torch.uint8
