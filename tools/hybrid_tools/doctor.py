@@ -77,22 +77,22 @@ def _lines(machine: Machine, speeds: MachineSpeeds) -> Iterator[str]:
     yield f"GPU         {machine.gpu_name or f'none: {machine.no_gpu_reason}'}"
     yield f"software    Python {machine.python_version}, torch {machine.torch_version}, Numba {machine.numba_version}"
     yield f"measured    {speeds.measured_at}, with {speeds.num_threads} threads:"
-    yield f"  memory read            {speeds.memory_bytes_per_s / 1e9:8.1f} GB/s"
+    yield f"  memory read                      {speeds.memory_bytes_per_s / 1e9:8.1f} GB/s"
     for kernel in speeds.kernels:
         name = str(kernel.row_format)
-        yield f"  {name + ', rows in order':22} {kernel.dense_bytes_per_s / 1e9:8.1f} GB/s"
-        yield f"  {name + ', single rows':22} {kernel.sparse_bytes_per_s / 1e9:8.1f} GB/s"
-        yield f"  {name + ', in caches':22} {kernel.cached_bytes_per_s / 1e9:8.1f} GB/s"
-        yield f"  {name + ', an operation':22} {kernel.operation_s * 1e6:8.1f} us, a row {kernel.row_s * 1e9:.0f} ns"
+        yield f"  {name + ', rows in order':32} {kernel.dense_bytes_per_s / 1e9:8.1f} GB/s"
+        yield f"  {name + ', single rows':32} {kernel.sparse_bytes_per_s / 1e9:8.1f} GB/s"
+        yield f"  {name + ', in caches':32} {kernel.cached_bytes_per_s / 1e9:8.1f} GB/s"
+        yield f"  {name + ', an operation':32} {kernel.operation_s * 1e6:8.1f} us, a row {kernel.row_s * 1e9:.0f} ns"
     disk = speeds.disk
     cached = "" if disk.past_cache else " (through the page cache: this file system has no direct reads)"
-    yield f"  disk, reads of 4 KiB   {disk.small_reads_per_s:8.0f} a second{cached}"
-    yield f"  disk, reads of 64 KiB  {disk.bytes_per_s / 1e9:8.2f} GB/s"
+    yield f"  disk, reads of 4 KiB             {disk.small_reads_per_s:8.0f} a second{cached}"
+    yield f"  disk, reads of 64 KiB            {disk.bytes_per_s / 1e9:8.2f} GB/s"
     if speeds.gpu is not None:
         gpu = speeds.gpu
-        yield f"  GPU memory             {gpu.memory_bytes_per_s / 1e9:8.1f} GB/s"
-        yield f"  to the GPU, from it    {gpu.to_gpu_bytes_per_s / 1e9:8.1f}, {gpu.from_gpu_bytes_per_s / 1e9:.1f} GB/s"
-        yield f"  there and back         {gpu.round_trip_s * 1e6:8.1f} us, a launch {gpu.launch_s * 1e6:.1f} us"
+        yield f"  GPU memory                       {gpu.memory_bytes_per_s / 1e9:8.1f} GB/s"
+        yield f"  to the GPU, from it              {gpu.to_gpu_bytes_per_s / 1e9:8.1f}, {gpu.from_gpu_bytes_per_s / 1e9:.1f} GB/s"
+        yield f"  there and back                   {gpu.round_trip_s * 1e6:8.1f} us, a launch {gpu.launch_s * 1e6:.1f} us"
 
 
 if __name__ == "__main__":

@@ -80,9 +80,10 @@ def budgets(config):
         GPU_OVERHEAD_BYTES,
         *(GPU_OVERHEAD_BYTES + total - embedding + neurons * i // 4 for i in (0, 1, 3)),
     ):
-        for share in (0.0, 0.3, 1.5):
+        for share in (0.3, 1.5):
             yield request_of(vram, PROGRAM_BYTES + total + int(neurons * share))
-    yield request_of(GPU_OVERHEAD_BYTES + total // 2, PROGRAM_BYTES + total)
+    for vram in (0, GPU_OVERHEAD_BYTES + total // 2):
+        yield request_of(vram, PROGRAM_BYTES + total)
 
 
 @pytest.mark.parametrize("name", MODELS)
