@@ -83,7 +83,8 @@ def _lines(machine: Machine, speeds: MachineSpeeds) -> Iterator[str]:
         yield f"  {name + ', rows in order':32} {kernel.dense_bytes_per_s / 1e9:8.1f} GB/s"
         yield f"  {name + ', single rows':32} {kernel.sparse_bytes_per_s / 1e9:8.1f} GB/s"
         yield f"  {name + ', in caches':32} {kernel.cached_bytes_per_s / 1e9:8.1f} GB/s"
-        yield f"  {name + ', an operation':32} {kernel.operation_s * 1e6:8.1f} us, a row {kernel.row_s * 1e9:.0f} ns"
+        per_row = f"a row {kernel.row_s * 1e9:.0f} ns"
+        yield f"  {name + ', an operation':32} {kernel.operation_s * 1e6:8.1f} us, {per_row}"
     disk = speeds.disk
     cached = "" if disk.past_cache else " (through the page cache: this file system has no direct reads)"
     yield f"  disk, reads of 4 KiB             {disk.small_reads_per_s:8.0f} a second{cached}"
@@ -91,8 +92,9 @@ def _lines(machine: Machine, speeds: MachineSpeeds) -> Iterator[str]:
     if speeds.gpu is not None:
         gpu = speeds.gpu
         yield f"  GPU memory                       {gpu.memory_bytes_per_s / 1e9:8.1f} GB/s"
-        yield f"  to the GPU, from it              {gpu.to_gpu_bytes_per_s / 1e9:8.1f}, {gpu.from_gpu_bytes_per_s / 1e9:.1f} GB/s"
-        yield f"  there and back                   {gpu.round_trip_s * 1e6:8.1f} us, a launch {gpu.launch_s * 1e6:.1f} us"
+        back, launch = f"{gpu.from_gpu_bytes_per_s / 1e9:.1f} GB/s", f"a launch {gpu.launch_s * 1e6:.1f} us"
+        yield f"  to the GPU, from it              {gpu.to_gpu_bytes_per_s / 1e9:8.1f}, {back}"
+        yield f"  there and back                   {gpu.round_trip_s * 1e6:8.1f} us, {launch}"
 
 
 if __name__ == "__main__":
