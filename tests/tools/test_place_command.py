@@ -77,7 +77,7 @@ def test_without_a_gpu_all_is_in_ram(run, model, tmp_path):
     assert re.fullmatch(rf"{model.name}-checkpoint: [\d.]+ tokens/s predicted, [\d.]+ ms a token", lines[0])
     assert lines[1] == "GPU: none; context 512 tokens, keys and values in f32"
     assert re.fullmatch(r"VRAM +0 B +0 B +0 B", lines[4]), lines[4]
-    assert re.fullmatch(r"RAM +4\.00 GiB +[\d.]+ MiB +[\d.]+ GiB", lines[5]), lines[5]
+    assert re.fullmatch(r"RAM +4\.00 GiB +[\d.]+ [MG]iB +[\d.]+ GiB", lines[5]), lines[5]
     config = read_manifest(model).config
     plan, tiers = read_plan(tmp_path / "plan", config)
     assert all((each == 1).all() for each in tiers)
@@ -154,7 +154,8 @@ def test_too_little_ram_is_refused_with_the_numbers(run, model, tmp_path):
     least = found["ram_used_bytes"] - neurons  # the process may have grown since
     code, out, err = run(model, "--ram", str(least // 2), "-o", tmp_path / "other")
     assert (code, out) == (2, "")
-    assert re.fullmatch(r"hybrid-place: --ram [\d.]+ MiB: the program takes [\d.]+ MiB and what is not neurons .*, "
+    assert re.fullmatch(r"hybrid-place: --ram [\d.]+ [MG]iB: the program takes [\d.]+ [MG]iB and "
+                        r"what is not neurons .*, "
                         r"which is \d+ bytes more; give more --ram.*", err[-1])  # fmt: skip
     assert not (tmp_path / "other").exists()
 
