@@ -15,6 +15,7 @@ from hybrid_runtime.placement.problem import LayerCosts
 from hybrid_runtime.speeds.gpu import GpuSpeeds
 from hybrid_runtime.speeds.kernel_speeds import KernelSpeeds
 from hybrid_runtime.speeds.machine_speeds import MachineSpeeds
+from hybrid_runtime.speeds.projection_rows import projection_rows
 from hybrid_runtime.store.manifest import Manifest
 
 CACHED_SHARE = 0.75  # of the last level's cache: what a model can take of it and still be read from there
@@ -25,7 +26,10 @@ LAUNCHES_PER_LAYER = 3  # of a layer's hot neurons: gate and up, down, merge
 
 @dataclass(frozen=True, slots=True)
 class DecodeTime:
-    """Seconds of one token by part; `attention` has the projections, `kv_cache` scores and mixing."""
+    """Seconds of one token by part; `attention` has the projections, `kv_cache` scores and mixing.
+
+    `embedding` has what a token takes beyond its operations: the threads' waking, and Python.
+    """
 
     embedding: float
     attention: float
@@ -87,14 +91,22 @@ def predict_decode_time(manifest: Manifest, speeds: MachineSpeeds, conditions: D
     looked_at = _positions(config, conditions.mean_length) * config.num_attention_heads * config.head_dim
     rows_s = _neurons_s(manifest, conditions, touched, dense, sparse) + _num_rows(conditions.rows) * kernel.row_s
     extra = {name: count * kernel.operation_s for name, count in operations.items()}
+    attend_s = operations["kv_cache"] * kernel.attend_s
+    rows = projection_rows(manifest, uses_predictor=conditions.uses_predictor)
+
+    def projection_s(part: str, num_bytes: float) -> float:
+        """Memory brings rows while others are worked on, so the slower of both counts."""
+        worked_on_s = rows[part] * kernel.dense_row_s + num_bytes / kernel.cached_bytes_per_s
+        return extra[part] + max(worked_on_s, num_bytes / dense)
+
     return DecodeTime(
-        embedding=extra["embedding"] + touched.embedding / dense,
-        attention=extra["attention"] + (touched.attention + touched.norms) / dense,
-        kv_cache=extra["kv_cache"] + touched.kv_cache / dense + looked_at * kernel.attention_value_s,
-        router=extra["router"] + touched.router / dense,
-        predictor=extra["predictor"] + touched.predictor / dense,
+        embedding=kernel.token_s + extra["embedding"] + touched.embedding / dense,
+        attention=projection_s("attention", touched.attention + touched.norms),
+        kv_cache=extra["kv_cache"] + attend_s + touched.kv_cache / dense + looked_at * kernel.attention_value_s,
+        router=projection_s("router", touched.router),
+        predictor=projection_s("predictor", touched.predictor),
         neurons=extra["neurons"] + rows_s,
-        head=extra["head"] + touched.head / dense,
+        head=projection_s("head", touched.head),
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -68,6 +70,7 @@ def measure_gpu() -> GpuSpeeds | None:
     def there_and_back() -> None:
         few.copy_(few_host, non_blocking=True)
         few_host.copy_(few, non_blocking=True)
+        torch.cuda.synchronize()
 
     def launches() -> None:
         for _ in range(NUM_LAUNCHES):
@@ -79,7 +82,7 @@ def measure_gpu() -> GpuSpeeds | None:
         memory_bytes_per_s=2 * COPY_BYTES / _seconds(lambda: target.copy_(source)),
         to_gpu_bytes_per_s=PINNED_BYTES / _seconds(lambda: target[:PINNED_BYTES].copy_(host, non_blocking=True)),
         from_gpu_bytes_per_s=PINNED_BYTES / _seconds(lambda: host.copy_(source[:PINNED_BYTES], non_blocking=True)),
-        round_trip_s=_seconds(there_and_back),
+        round_trip_s=_host_seconds(there_and_back),
         launch_s=_seconds(launches) / NUM_LAUNCHES,
     )
 
@@ -95,3 +98,22 @@ def _seconds(work: Callable[[], object]) -> float:
         ended.synchronize()
         times.append(started.elapsed_time(ended) / 1000)
     return float(statistics.median(times[1:]))
+
+
+def _host_seconds(work: Callable[[], object]) -> float:
+    """The same by the host's clock, for what the host waits for: the GPU's own does not see it notice."""
+    times = []
+    for _ in range(NUM_ROUNDS + 1):
+        torch.cuda.synchronize()
+        started_s = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started_s)
+    return statistics.median(times[1:])
+
+
+def driver_version(root: Path = Path("/")) -> str | None:
+    """Of NVIDIA's kernel module on Linux; None where there is none, or the system does not tell."""
+    try:
+        return (root / "sys/module/nvidia/version").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None

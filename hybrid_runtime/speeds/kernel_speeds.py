@@ -1,15 +1,18 @@
 """How fast this machine's threads get through a token's operations, measured with the very programs that decode.
 
-Random models are decoded for a moment, and the kernels' own time counters read by label. Two small ones, which a core's
-caches hold, tell what an operation costs beyond its bytes (the barrier, the norm, handing out work), and what bytes in
-the caches cost. A large one, which only memory holds, tells what rows cost that lie side by side (projections, gates of
-all neurons) and rows of single neurons, which are fetched from all over.
+Random models are decoded for a moment, and the kernels' own time counters read by label. Two small ones, which the
+caches hold, tell what an operation costs beyond its rows (the barrier, the norm, handing out work), what a row costs
+beyond its bytes, and what bytes cost there. A large one, of which the caches hold little from token to token, tells
+what rows cost that lie side by side in memory, and rows of single neurons, which are fetched from all over; the same
+one without its predictors, what gates cost that are all read, one row in three.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -22,30 +25,36 @@ from hybrid_runtime.benchmarking.bytes_touched import BytesTouched, NeuronRows, 
 from hybrid_runtime.config import ModelConfig, RopeConfig
 from hybrid_runtime.model.decoder import Decoder, PredictorMode
 from hybrid_runtime.model.kv_cache import KvCache
-from hybrid_runtime.model.weights import DecoderWeights, load_weights
+from hybrid_runtime.model.weights import load_weights
 from hybrid_runtime.progress import NoProgress
+from hybrid_runtime.speeds.projection_rows import projection_rows
 from hybrid_runtime.store.convert import Conversion, convert
 from hybrid_runtime.store.layout import Quantization
 from hybrid_runtime.store.manifest import Manifest
 from hybrid_runtime.synthetic.shapes import Shape
 from hybrid_runtime.synthetic.weights import Firing, SyntheticWeights
 
-NUM_POSITIONS = 512
-NUM_TOKENS = 24  # decoded at a time
+NUM_TOKENS = 16  # decoded at a time
+DEPTH = 64  # tokens before them, so that looking back takes long enough to be timed
 NUM_ROUNDS = 9
-QUANTILE = 0.25  # of the rounds: what others do on the machine only ever makes it slower
 FIRING = Firing(0.12, 0.35)  # as TurboSparse-Mistral's neurons
+LARGE_BYTES = 100 << 20  # of projections that a token of the large model reads: several times the caches of today
 SMALLEST_S = 1e-9
+LEAST_PER_BYTE_S = 1e-12
+"""A terabyte a second: no caches of a CPU are faster, and noise must not make them so."""
 
 
 @dataclass(frozen=True, slots=True)
 class KernelSpeeds:
-    """Of one row format and number of threads. ..._per_s: bytes a second of all threads together; operation_s: what
-    an operation takes beyond its bytes.
+    """Of one row format and number of threads. ..._per_s: bytes a second of all threads together.
 
-    cached: of weights that the caches hold; dense: of rows side by side in memory; sparse: of single neurons' rows,
-    which take row_s each beyond their bytes.
+    operation_s: what an operation takes beyond its rows; row_s: a single neuron's row beyond its bytes; cached: of
+    weights that the caches hold; dense: of rows side by side in memory; sparse: of single neurons' rows; gates: of all
+    neurons' gates, which lie one bundle apart.
     attention_value_s: what a position takes beyond its key's and value's bytes, for each value of a layer's queries.
+    token_s: a token beyond its operations, the threads' waking and Python; dense_row_s: a projection's row beyond its
+    bytes, where the caches hold them (memory is slower than that work, which is then done while it brings them);
+    attend_s: attention's own operation beyond its positions and what any takes (rotation, the cache's new row).
     """
 
     row_kind: RowKind
@@ -56,7 +65,11 @@ class KernelSpeeds:
     cached_bytes_per_s: float
     dense_bytes_per_s: float
     sparse_bytes_per_s: float
+    gates_bytes_per_s: float
     attention_value_s: float
+    token_s: float = 0.0
+    dense_row_s: float = 0.0
+    attend_s: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise ValueError for speeds that nothing has."""
@@ -72,75 +85,110 @@ class KernelSpeeds:
 
 
 @dataclass(frozen=True, slots=True)
-class _Timed:
-    """One model's decoding: bytes and seconds of a token by part, and its operations by part."""
+class Timed:
+    """One model's decoding, per token: bytes, rows, seconds and operations by part. wall_s: from call to call.
+
+    looked_at: query values times positions, over all layers.
+    """
 
     touched: BytesTouched
-    num_rows: float
+    num_rows: dict[str, float]
     seconds: dict[str, float]
     operations: dict[str, int]
-    mean_length: float
-    num_layers: int
-    query_values: int
+    wall_s: float
+    looked_at: float
 
 
-def measure_kernel_speeds(row_format: RowFormat, num_threads: int) -> KernelSpeeds:
-    """Takes some ten seconds and, for the large model, 0.4 GiB of memory and of the temporary folder."""
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """Of a token: seconds from call to call, seconds by label, gate, up and down rows."""
+
+    wall_s: float
+    seconds: dict[str, float]
+    rows: tuple[float, float, float]
+
+
+class KernelCalibration:
+    """The models, made once; `measure` times them. Takes 0.5 GiB of memory, and of the folder."""
+
+    def __init__(self, row_format: RowFormat, team: Team, folder: Path) -> None:
+        self._row_format = row_format
+        self._num_threads = team.num_threads
+        large_layers = max(1, LARGE_BYTES // _attention_bytes(4096, row_format))
+        large = model_shape(4096, 8192, large_layers, rank=256)
+        shapes = (model_shape(128, 256, 4), model_shape(512, 1280, 4), large)
+        stores = [_made(shape, row_format, folder) for shape in shapes]
+        modes: tuple[PredictorMode, ...] = ("gate", "gate", "mask", "gate")
+        self._models = [
+            CalibrationModel(store, load_weights(store), mode, team) for store, mode in zip(stores, modes, strict=False)
+        ]
+        self._models.append(self._models[-1].in_mode("gate"))
+
+    def measure(self, num_rounds: int = NUM_ROUNDS) -> KernelSpeeds:
+        """Each model's median over its rounds. Takes some two seconds for nine rounds."""
+        return fitted(self._row_format, self._num_threads, *(model.timed(num_rounds) for model in self._models))
+
+
+class CalibrationModel:
+    """A random model in memory, as it decodes."""
+
+    def __init__(self, shape: Shape, row_format: RowFormat, team: Team, folder: Path) -> None:
+        mode: PredictorMode = "mask" if shape.layer_ranks else "gate"
+        quantization = Quantization(row_format)
+        source = SyntheticWeights(shape, quantization, FIRING, seed=0)
+        store = convert(Conversion(source, folder, quantization, shape.name, lambda _: None), NoProgress())
+        self._manifest = store.manifest
+        self._decoder = Decoder(shape.config, load_weights(store), mode, team)
+        self._cache = KvCache(shape.config, DEPTH + NUM_TOKENS, "f16")
+        self._generator = torch.Generator().manual_seed(0)
+        for token in self._random(DEPTH):
+            self._decoder.forward(token, self._cache)
+
+    def timed(self, num_rounds: int) -> Timed:
+        """Decode NUM_TOKENS tokens at DEPTH num_rounds times, after a time that warms up."""
+        self._decode()
+        rounds = [self._decode() for _ in range(num_rounds)]
+        median_rows = NeuronRows(*(statistics.median(each.rows[kind] for each in rounds) for kind in range(3)))
+        return _timed(
+            self._manifest,
+            Counter(operation.label for operation in self._decoder.program_of(self._cache).operations),
+            median_rows,
+            {label: statistics.median(each.seconds[label] for each in rounds) for label in rounds[0].seconds},
+            statistics.median(each.wall_s for each in rounds),
+        )
+
+    def _decode(self) -> _Round:
+        decoder, cache = self._decoder, self._cache
+        tokens = self._random(NUM_TOKENS)
+        cache.truncate(DEPTH)
+        program, counters = decoder.program_of(cache), decoder.counters
+        program.reset_ticks()
+        counters.reset()
+        started_s = time.perf_counter()
+        for token in tokens:
+            decoder.forward(token, cache)
+        wall_s = (time.perf_counter() - started_s) / NUM_TOKENS
+        ticks = program.ticks_by_label()
+        per_tick = counters.kernel_s / max(1, sum(ticks.values())) / NUM_TOKENS
+        rows = (counters.gate_rows / NUM_TOKENS, counters.up_rows / NUM_TOKENS, counters.down_rows / NUM_TOKENS)
+        return _Round(wall_s, {label: count * per_tick for label, count in ticks.items()}, rows)
+
+    def _random(self, count: int) -> torch.Tensor:
+        """int64 [count, 1]."""
+        return torch.randint(0, self._decoder.config.vocab_size, (count, 1), generator=self._generator)
+
+
+def measure_kernel_speeds(row_format: RowFormat, num_threads: int, folder: Path) -> KernelSpeeds:
+    """Takes some six seconds, 0.5 GiB of memory, and as much of the folder, which keeps it."""
     team = Team(num_threads)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            tiny = _measured(_shape(128, 256, 4, 96), row_format, team, Path(folder) / "tiny", "off")
-            small = _measured(_shape(512, 1280, 4, 64), row_format, team, Path(folder) / "small", "off")
-            large = _shape(4096, 8192, 2 if row_format.kind == "q4" else 1, 256)
-            masked = _measured(large, row_format, team, Path(folder) / "large", "mask")
-            ungated = _measured(large, row_format, team, Path(folder) / "large", "off")
+        return KernelCalibration(row_format, team, folder).measure()
     finally:
         team.close()
-    return _fitted(row_format, num_threads, tiny, small, masked, ungated)
 
 
-def _fitted(
-    row_format: RowFormat, num_threads: int, tiny: _Timed, small: _Timed, masked: _Timed, ungated: _Timed
-) -> KernelSpeeds:
-    """Solve for the costs, part after part: projections give the bytes' and the operations', neurons the rows'."""
-    parts = ("attention", "head")
-    few, many = ((_sum(each.seconds, parts), _sum(each.touched.by_part(), parts)) for each in (tiny, small))
-    operations = sum(tiny.operations[part] for part in parts)  # both have as many
-    per_byte = max((many[0] - few[0]) / (many[1] - few[1]), SMALLEST_S**2)
-    operation_s = max((few[0] - few[1] * per_byte) / operations, SMALLEST_S)
-    row_s = max(
-        (each.seconds["neurons"] - operation_s * each.operations["neurons"] - each.touched.neurons * per_byte)
-        / each.num_rows
-        for each in (tiny, small)
-    )
-    row_s = max(row_s, 0.0)
-    dense_parts = ("attention", "head", "predictor")
-    dense_bytes = _sum(masked.touched.by_part(), dense_parts)
-    dense_s = _sum(masked.seconds, dense_parts) - operation_s * sum(masked.operations[part] for part in dense_parts)
-    dense = dense_bytes / max(dense_s, SMALLEST_S)
-    sparse_s = masked.seconds["neurons"] - operation_s * masked.operations["neurons"] - row_s * masked.num_rows
-    sparse = masked.touched.neurons / max(sparse_s, SMALLEST_S)
-    values = ungated.mean_length * ungated.num_layers * ungated.query_values
-    attention_s = ungated.seconds["KV cache"] - operation_s * ungated.num_layers - ungated.touched.kv_cache / dense
-    return KernelSpeeds(
-        row_format.kind,
-        row_format.group,
-        num_threads,
-        operation_s,
-        row_s,
-        1 / per_byte,
-        dense,
-        sparse,
-        max(attention_s / values, 0.0),
-    )
-
-
-def _sum(values: dict[str, float], parts: tuple[str, ...]) -> float:
-    return sum(values[part] for part in parts)
-
-
-def _shape(hidden_size: int, intermediate_size: int, num_layers: int, rank: int) -> Shape:
-    """A dReLU model with predictors, as TurboSparse-Mistral is one."""
+def model_shape(hidden_size: int, intermediate_size: int, num_layers: int, rank: int = 0) -> Shape:
+    """A dReLU model; with predictors of a rank, as TurboSparse-Mistral is one, or without, as the default model."""
     head_dim = min(128, hidden_size // 4)
     heads = hidden_size // head_dim
     config = ModelConfig(
@@ -152,64 +200,96 @@ def _shape(hidden_size: int, intermediate_size: int, num_layers: int, rank: int)
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 4),
         head_dim=head_dim,
-        max_position_embeddings=NUM_POSITIONS,
+        max_position_embeddings=DEPTH + NUM_TOKENS,
         activation=Activation("drelu"),
         norm_eps=1e-5,
         rope=RopeConfig(1e4),
-        predictor_input="post_norm",
+        predictor_input="post_norm" if rank else None,
     )
-    return Shape(f"calibration-{hidden_size}", config, FIRING.active, (rank,) * num_layers)
+    return Shape(f"calibration-{hidden_size}", config, FIRING.active, (rank,) * num_layers if rank else ())
 
 
-def _measured(shape: Shape, row_format: RowFormat, team: Team, folder: Path, mode: PredictorMode) -> _Timed:
-    quantization = Quantization(row_format)
-    source = SyntheticWeights(shape, quantization, FIRING, seed=0)
-    store = convert(Conversion(source, folder, quantization, shape.name, lambda _: None), NoProgress())
-    return _timed(store.manifest, load_weights(store), team, mode)
+def _attention_bytes(hidden_size: int, row_format: RowFormat) -> int:
+    """Of a layer's projections: keys and values have a quarter of the heads."""
+    return hidden_size * 5 // 2 * row_format.row_bytes(hidden_size)
 
 
-def _timed(manifest: Manifest, weights: DecoderWeights, team: Team, mode: PredictorMode) -> _Timed:
-    """Decode NUM_TOKENS tokens NUM_ROUNDS times; the lower quartiles of a token's seconds by label."""
-    config = manifest.config
-    decoder, cache = Decoder(config, weights, mode, team), KvCache(config, NUM_POSITIONS, "f16")
-    rounds = list(_rounds(decoder, cache))
-    labels = rounds[0][0]
-    seconds = {label: float(torch.tensor([each[0][label] for each in rounds]).quantile(QUANTILE)) for label in labels}
-    rows = NeuronRows(*(float(torch.tensor([each[1][kind] for each in rounds]).median()) for kind in range(3)))
-    mean_length = (NUM_TOKENS + 1) / 2
-    touched = bytes_touched(manifest, rows, uses_predictor=decoder.masks, mean_length=mean_length, kv_dtype="f16")
-    program = decoder.program_of(cache)
-    operations: dict[str, int] = {}
-    for operation in program.operations:
-        operations[operation.label] = operations.get(operation.label, 0) + 1
-    for label in ("predictor", "router"):
-        seconds.setdefault(label, 0.0)
-        operations.setdefault(label, 0)
+def fitted(row_format: RowFormat, num_threads: int, tiny: Timed, small: Timed, large: Timed) -> KernelSpeeds:
+    """Solve for the costs, part after part: projections give theirs and the operations', neurons their rows'."""
+    parts = [(model, part) for model in (tiny, small) for part in ("attention", "head")]
+    seconds = [model.seconds[part] for model, part in parts]
+    operation_s, dense_row_s, per_byte = nonnegative_fit(
+        [[model.operations[part], model.num_rows[part], _bytes(model, part)] for model, part in parts],
+        seconds,
+        seconds,
+    )
+    per_byte, operation_s = max(per_byte, LEAST_PER_BYTE_S), max(operation_s, SMALLEST_S)
+
+    def beyond(model: Timed, part: str) -> float:
+        return max(model.seconds[part] - operation_s * model.operations[part], SMALLEST_S)
+
+    row_s = statistics.fmean(
+        max(beyond(model, "neurons") - per_byte * model.touched.neurons, 0.0) / model.num_rows["neurons"]
+        for model in (tiny, small)
+    )
+    dense_parts = ("attention", "head", "predictor")
+    dense = sum(_bytes(large, part) for part in dense_parts) / sum(beyond(large, part) for part in dense_parts)
+    sparse_s = max(beyond(large, "neurons") - row_s * large.num_rows["neurons"], SMALLEST_S)
+    looks = ((tiny, 1 / per_byte), (small, 1 / per_byte), (large, dense))
+    attend_s, attention_value_s = nonnegative_fit(
+        [[model.operations["KV cache"], model.looked_at] for model, _ in looks],
+        [beyond(model, "KV cache") - model.touched.kv_cache / bytes_per_s for model, bytes_per_s in looks],
+        [model.seconds["KV cache"] for model, _ in looks],
+    )
+    return KernelSpeeds(
+        row_format.kind,
+        row_format.group,
+        num_threads,
+        operation_s=operation_s,
+        row_s=row_s,
+        cached_bytes_per_s=1 / per_byte,
+        dense_bytes_per_s=dense,
+        sparse_bytes_per_s=large.touched.neurons / sparse_s,
+        attention_value_s=attention_value_s,
+        token_s=statistics.median(max(each.wall_s - _operations_s(each), 0.0) for each in (tiny, small, large)),
+        dense_row_s=dense_row_s,
+        attend_s=attend_s,
+    )
+
+
+def nonnegative_fit(rows: Sequence[Sequence[float]], seconds: Sequence[float], scales: Sequence[float]) -> list[float]:
+    """Costs >= 0 of each column, whose sums come closest to the seconds, by least squares of errors over scales."""
+    weights = 1 / torch.tensor(scales, dtype=torch.float64).unsqueeze(1)
+    scaled = torch.tensor(rows, dtype=torch.float64) * weights
+    wanted = torch.tensor(seconds, dtype=torch.float64).unsqueeze(1) * weights
+    widths = scaled.abs().amax(0)  # bytes are millions, operations few
+    kept = list(range(len(rows[0])))
+    while kept:
+        solved = torch.linalg.lstsq(scaled[:, kept] / widths[kept], wanted)
+        costs = solved.solution.squeeze(1) / widths[kept]
+        if bool((costs >= 0).all()):
+            found = dict(zip(kept, costs.tolist(), strict=True))
+            return [found.get(idx, 0.0) for idx in range(len(rows[0]))]
+        del kept[int((costs * widths[kept]).argmin())]
+    return [0.0] * len(rows[0])
+
+
+def _timed(
+    manifest: Manifest, operations: dict[str, int], rows: NeuronRows, seconds: dict[str, float], wall_s: float
+) -> Timed:
+    """With what a token of the model reads at DEPTH."""
+    config, masks = manifest.config, bool(manifest.predictor_ranks)
+    mean_length = DEPTH + (NUM_TOKENS + 1) / 2
+    touched = bytes_touched(manifest, rows, uses_predictor=masks, mean_length=mean_length, kv_dtype="f16")
+    num_rows = projection_rows(manifest, uses_predictor=masks) | {"neurons": rows.gate + rows.up + rows.down}
     query_values = config.num_attention_heads * config.head_dim
-    num_rows = rows.gate + rows.up + rows.down
-    return _Timed(touched, num_rows, seconds, operations, mean_length, config.num_hidden_layers, query_values)
+    return Timed(touched, num_rows, seconds, operations, wall_s, mean_length * config.num_hidden_layers * query_values)
 
 
-def _rounds(decoder: Decoder, cache: KvCache) -> Iterator[tuple[dict[str, float], tuple[float, float, float]]]:
-    """Seconds of a token by label, and its gate, up and down rows; after a round that warms up."""
-    generator = torch.Generator().manual_seed(0)
-    for round_idx in range(NUM_ROUNDS + 1):
-        tokens = torch.randint(0, decoder.config.vocab_size, (NUM_TOKENS,), generator=generator)
-        cache.truncate(0)
-        decoder.forward(tokens[:1], cache)
-        program = decoder.program_of(cache)
-        program.reset_ticks()
-        decoder.counters.reset()
-        cache.truncate(0)
-        for token in tokens:
-            decoder.forward(token.view(1), cache)
-        if round_idx == 0:
-            continue
-        ticks = program.ticks_by_label()
-        per_tick = decoder.counters.kernel_s / max(1, sum(ticks.values()))
-        counters = decoder.counters
-        rows = (counters.gate_rows, counters.up_rows, counters.down_rows)
-        yield (
-            {label: count * per_tick / NUM_TOKENS for label, count in ticks.items()},
-            (rows[0] / NUM_TOKENS, rows[1] / NUM_TOKENS, rows[2] / NUM_TOKENS),
-        )
+def _bytes(model: Timed, part: str) -> float:
+    return model.touched.by_part()[part]
+
+
+def _operations_s(model: Timed) -> float:
+    """Seconds of all operations but the first, which waits for the threads to wake."""
+    return sum(seconds for label, seconds in model.seconds.items() if label != "begin")

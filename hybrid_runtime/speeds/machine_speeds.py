@@ -1,17 +1,21 @@
 """What was measured of this machine, once: in the user's cache, under a name that follows from the hardware.
 
-Another processor, GPU, number of cores, amount of memory or version of our kernels measures anew.
+Another processor, GPU, driver, number of cores, amount of memory or version of our kernels measures anew. So does
+another disk: the file lies on the one that was measured.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,16 +24,16 @@ from hybrid_kernels.native.instruction_sets import instruction_set
 from hybrid_kernels.native.load import cache_key
 from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_kernels.team import Team
-from hybrid_runtime.errors import CheckpointError
+from hybrid_runtime.errors import BudgetError, CheckpointError
 from hybrid_runtime.machine import Machine, cache_bytes
 from hybrid_runtime.speeds.disk import DiskSpeeds, measure_disk
-from hybrid_runtime.speeds.gpu import GpuSpeeds, measure_gpu
+from hybrid_runtime.speeds.gpu import GpuSpeeds, driver_version, measure_gpu
 from hybrid_runtime.speeds.kernel_speeds import KernelSpeeds, measure_kernel_speeds
 from hybrid_runtime.strict_json import parse_json_object
 from hybrid_runtime.typed_json import from_json
 from hybrid_runtime.whole_files import write_whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Say = Callable[[str], None]
 Result = TypeVar("Result")
@@ -73,22 +77,82 @@ def machine_speeds(
     speeds = None if measures_again else _read(path, identity)
     if speeds is None:
         say("measuring this machine's memory, disk and GPU, once ...")
-        speeds = _apart(_measure, machine, identity, num_threads, cache_dir)
+        with _scratch(cache_dir) as folder:
+            speeds = _apart(_measure, machine, identity, num_threads, folder)
+        _write(path, speeds)  # before the kernels, which take longer: who interrupts them keeps this
     if all(each.row_format != row_format for each in speeds.kernels):
         say(f"measuring this machine's kernels for {row_format}, once ...")
-        speeds = replace(speeds, kernels=(*speeds.kernels, _apart(measure_kernel_speeds, row_format, num_threads)))
-        write_whole(path, (json.dumps(asdict(speeds), indent=1) + "\n").encode())
+        with _scratch(cache_dir) as folder:
+            kernel = _apart(measure_kernel_speeds, row_format, num_threads, folder)
+        speeds = replace(speeds, kernels=(*speeds.kernels, kernel))
+        _write(path, speeds)
     return speeds
 
 
+def _write(path: Path, speeds: MachineSpeeds) -> None:
+    write_whole(path, (json.dumps(asdict(speeds), indent=1) + "\n").encode())
+
+
 def _apart(measure: Callable[..., Result], *arguments: object) -> Result:
-    """Measure in a process of its own: what it takes of memory is not this one's, which may have promised a peak."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure, *arguments).result()
+    """Measure in a process of its own: what it takes of memory is not this one's, which may have promised a peak.
+
+    Ctrl-C is ours alone to answer: the other process is ended, and whose folder it wrote to removes what it left.
+    """
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(sender, measure, arguments), daemon=True)
+    result: Result
+    error: Exception | None
+    try:
+        with _interrupts_held():  # which a process inherits
+            process.start()
+        sender.close()
+        result, error = receiver.recv()
+    except EOFError:
+        process.join()
+        raise BudgetError(
+            f"measuring this machine ended with exit code {process.exitcode}; it takes up to 1.5 GiB of memory"
+        ) from None
+    finally:
+        if process.is_alive():
+            process.kill()
+            process.join()
+        receiver.close()
+    if error is not None:
+        raise error
+    return result
 
 
-def _measure(machine: Machine, identity: str, num_threads: int, cache_dir: Path) -> MachineSpeeds:
+def _send_result(sender: Connection, measure: Callable[..., object], arguments: Sequence[object]) -> None:
+    try:
+        sender.send((measure(*arguments), None))
+    except (ArithmeticError, OSError, RuntimeError, ValueError) as error:  # it is the caller's
+        sender.send((None, error))
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Keep Ctrl-C from this thread until the end, where a system has such masks."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # which lets Ctrl-C through again when a first process starts it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _scratch(cache_dir: Path) -> Iterator[Path]:
+    """A folder for what is measured, on the disk that is: removed whatever happens to the one that measures."""
     cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="measuring-", dir=cache_dir) as folder:
+        yield Path(folder)
+
+
+def _measure(machine: Machine, identity: str, num_threads: int, folder: Path) -> MachineSpeeds:
     team = Team(num_threads)
     try:
         bandwidth = read_bandwidth(team)
@@ -102,7 +166,7 @@ def _measure(machine: Machine, identity: str, num_threads: int, cache_dir: Path)
         num_threads=num_threads,
         cache_bytes=cache_bytes(),
         memory_bytes_per_s=bandwidth,
-        disk=measure_disk(cache_dir),
+        disk=measure_disk(folder),
         gpu=measure_gpu(),
         kernels=(),
     )
@@ -129,6 +193,7 @@ def _identity(machine: Machine, num_threads: int) -> str:
         machine.total_ram_bytes,
         machine.gpu_name,
         machine.vram_bytes,
+        driver_version(),
         machine.torch_version,
         instruction_set(),
         cache_key(),

@@ -61,6 +61,7 @@ def test_the_machine_and_its_speeds_are_shown(run, measured):
         rf"  {Q4}, single rows +8\.0 GB/s",
         rf"  {Q4}, in caches +64\.0 GB/s",
         rf"  {Q4}, an operation +4\.0 us, a row 8 ns",
+        rf"  {Q4}, a token besides +0\.0 us",
         r"  disk, reads of 4 KiB +50000 a second",
         r"  disk, reads of 64 KiB +1\.00 GB/s",
     ):

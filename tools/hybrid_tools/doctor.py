@@ -85,6 +85,7 @@ def _lines(machine: Machine, speeds: MachineSpeeds) -> Iterator[str]:
         yield f"  {name + ', in caches':32} {kernel.cached_bytes_per_s / 1e9:8.1f} GB/s"
         per_row = f"a row {kernel.row_s * 1e9:.0f} ns"
         yield f"  {name + ', an operation':32} {kernel.operation_s * 1e6:8.1f} us, {per_row}"
+        yield f"  {name + ', a token besides':32} {kernel.token_s * 1e6:8.1f} us"
     disk = speeds.disk
     cached = "" if disk.past_cache else " (through the page cache: this file system has no direct reads)"
     yield f"  disk, reads of 4 KiB             {disk.small_reads_per_s:8.0f} a second{cached}"

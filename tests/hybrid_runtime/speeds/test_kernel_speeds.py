@@ -1,94 +1,111 @@
 """The constants of a machine come back out of timings that it would give; a real machine's are plausible."""
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 
-from hybrid_kernels.team import Team
 from hybrid_runtime.benchmarking.bytes_touched import BytesTouched
 from hybrid_runtime.speeds import kernel_speeds as module
-from hybrid_runtime.speeds.kernel_speeds import KernelSpeeds, _fitted, _measured, _shape, _Timed
+from hybrid_runtime.speeds.kernel_speeds import (
+    LEAST_PER_BYTE_S,
+    CalibrationModel,
+    KernelSpeeds,
+    Timed,
+    fitted,
+    model_shape,
+    nonnegative_fit,
+)
 
 from ..placement.made_up import Q4, Q8  # noqa: TID252  # absolute names are the runtime's
 
-OPERATION_S, ROW_S, VALUE_S = 5e-6, 9e-9, 2e-10
-CACHED, DENSE, SPARSE = 50e9, 15e9, 9e9
+MACHINE = KernelSpeeds("q4", 32, 3, 5e-6, 9e-9, 50e9, 15e9, 9e9, 2e-10, token_s=30e-6, dense_row_s=4e-9, attend_s=3e-6)
 
 
-def timed(scale, row_s, *, dense=CACHED, sparse=CACHED, predictor=0, layers=4):
-    """What a machine of these constants takes, exactly."""
-    touched = BytesTouched(100, 50, 7_000 * scale, 0, predictor, 30_000 * scale, 9_000 * scale, 5_000)
-    operations = {
-        "begin": 1,
-        "attention": 3 * layers,
-        "KV cache": layers,
-        "neurons": 2 * layers,
-        "head": 1,
-        "predictor": 2 * layers if predictor else 0,
-        "router": 0,
+def timed(scale, *, row_bytes, is_large=False, machine=MACHINE):
+    """What a machine of these constants takes, exactly. scale: of the numbers of rows."""
+    layers, looked_at = 4, 100.0 * scale * row_bytes
+    num_rows = {"attention": 30.0 * scale, "head": 200.0 * scale, "predictor": 0.0, "router": 0.0}
+    num_rows |= {"neurons": 90.0 * scale} | ({"predictor": 70.0 * scale} if is_large else {})
+    num_bytes = {part: rows * row_bytes for part, rows in num_rows.items()}
+    touched = BytesTouched(100, 50, num_bytes["attention"], 0, num_bytes["predictor"], num_bytes["neurons"],
+                           num_bytes["head"], 5_000)  # fmt: skip
+    operations = {"begin": 1, "attention": 2 * layers, "KV cache": layers, "neurons": 2 * layers, "head": 1}
+    operations |= {"predictor": 2 * layers} if is_large else {}
+    dense = machine.dense_bytes_per_s if is_large else machine.cached_bytes_per_s
+    sparse = machine.sparse_bytes_per_s if is_large else machine.cached_bytes_per_s
+    beyond = {
+        part: num_bytes[part] / dense + (0.0 if is_large else num_rows[part] * machine.dense_row_s)
+        for part in ("attention", "head", "predictor")
     }
-    num_rows, length, query_values = 40.0 * scale, 12.5, 128
-    bytes_s = {
-        "begin": touched.embedding / dense,
-        "attention": touched.attention / dense,
-        "KV cache": touched.kv_cache / dense + length * layers * query_values * VALUE_S,
-        "neurons": touched.neurons / sparse + num_rows * row_s,
-        "head": touched.head / dense,
-        "predictor": predictor / dense,
-        "router": 0.0,
-    }
-    seconds = {label: count * OPERATION_S + bytes_s[label] for label, count in operations.items()}
-    return _Timed(touched, num_rows, seconds, operations, length, layers, query_values)
+    beyond["neurons"] = num_bytes["neurons"] / sparse + num_rows["neurons"] * machine.row_s
+    beyond["KV cache"] = layers * machine.attend_s + touched.kv_cache / dense + looked_at * machine.attention_value_s
+    seconds = {part: count * machine.operation_s + beyond.get(part, 0.0) for part, count in operations.items()}
+    wall_s = machine.token_s + sum(value for part, value in seconds.items() if part != "begin")
+    return Timed(touched, num_rows, seconds, operations, wall_s, looked_at)
 
 
-@pytest.mark.parametrize("row_s", [0.0, ROW_S])
-@pytest.mark.parametrize("row_format", [Q4, Q8], ids=str)
-def test_timings_that_follow_the_model_give_its_constants_back(row_s, row_format):
-    masked = timed(500, row_s, dense=DENSE, sparse=SPARSE, predictor=3_000_000, layers=2)
-    ungated = timed(500, row_s, dense=DENSE, sparse=DENSE, layers=2)
-    found = _fitted(row_format, 3, timed(1, row_s), timed(20, row_s), masked, ungated)
-    expected = KernelSpeeds(row_format.kind, row_format.group, 3, OPERATION_S, row_s, CACHED, DENSE, SPARSE, VALUE_S)
-    assert astuple(found)[:3] == astuple(expected)[:3]
-    assert astuple(found)[3:] == pytest.approx(astuple(expected)[3:], rel=1e-6, abs=1e-15)
-    assert found.row_format == row_format
+def three(machine=MACHINE):
+    small = (timed(1, row_bytes=96, machine=machine), timed(5, row_bytes=600, machine=machine))
+    return *small, timed(500, row_bytes=2400, is_large=True, machine=machine)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"row_s": 0.0}, {"dense_row_s": 0.0}, {"attention_value_s": 0.0}, {"attend_s": 0.0}], ids=str
+)
+def test_timings_that_follow_the_model_give_its_constants_back(changes):
+    machine = replace(MACHINE, **changes)
+    found = fitted(Q4, 3, *three(machine))
+    assert astuple(found)[:3] == astuple(machine)[:3]
+    assert astuple(found)[3:] == pytest.approx(astuple(machine)[3:], rel=1e-6, abs=1e-13)
 
 
 def test_timings_that_make_no_sense_still_give_speeds():
-    """As noise may: the larger model is the faster one."""
-    tiny, small = timed(1, ROW_S), timed(20, ROW_S)
-    backwards = _Timed(small.touched, small.num_rows, {k: v / 50 for k, v in tiny.seconds.items()}, small.operations,
-                       12.5, 4, 128)  # fmt: skip
-    found = _fitted(Q4, 1, tiny, backwards, backwards, backwards)
+    """As noise may: the larger models are the faster ones."""
+    tiny, small, large = three()
+    backwards = [
+        replace(each, seconds={part: value / 1e4 for part, value in each.seconds.items()}, wall_s=0.0)
+        for each in (small, large)
+    ]
+    found = fitted(Q8, 1, tiny, *backwards)
+    assert found.row_format == Q8
     assert found.operation_s > 0
-    assert min(found.cached_bytes_per_s, found.dense_bytes_per_s, found.sparse_bytes_per_s) > 0
-    assert found.attention_value_s >= 0
+    assert min(found.dense_bytes_per_s, found.sparse_bytes_per_s) > 0
+    assert 0 < found.cached_bytes_per_s <= 1 / LEAST_PER_BYTE_S
+    assert min(found.attention_value_s, found.token_s, found.row_s, found.dense_row_s) >= 0
 
 
-@pytest.mark.parametrize("mode", ["off", "mask"])
-def test_a_model_is_timed_by_part(mode, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "NUM_ROUNDS", 2)
+def test_a_cost_that_would_be_negative_is_none():
+    rows = [[1.0, 2.0], [1.0, 4.0], [1.0, 6.0]]
+    assert nonnegative_fit(rows, [5.0, 9.0, 13.0], [1.0] * 3) == pytest.approx([1.0, 2.0])
+    costs = nonnegative_fit(rows, [6.0, 4.0, 2.0], [1.0] * 3)  # exactly 8 - a unit of the second column
+    assert costs[1] == 0.0
+    assert 2.0 < costs[0] < 6.0
+
+
+@pytest.mark.parametrize("rank", [0, 64], ids=["every gate", "predictor"])
+def test_a_model_is_timed_by_part(rank, lone_team, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "NUM_TOKENS", 4)
-    team = Team(1)
-    try:
-        timed = _measured(_shape(128, 256, 2, 96), Q4, team, tmp_path / "tiny", mode)
-    finally:
-        team.close()
-    assert timed.num_layers == 2
-    assert timed.mean_length == 2.5
-    assert timed.operations["predictor"] == (4 if mode == "mask" else 0)
-    assert timed.operations["attention"] == 6
-    for label, count in timed.operations.items():
-        assert (timed.seconds[label] > 0) == (count > 0), label
-    assert sum(timed.seconds.values()) < 0.1
-    most = 2 * 256
-    assert 0 < timed.num_rows < 3 * most
-    assert (timed.touched.predictor > 0) == (mode == "mask")
+    monkeypatch.setattr(module, "DEPTH", 8)
+    layers, neurons = 2, 256
+    model = CalibrationModel(model_shape(128, neurons, layers, rank), Q4, lone_team, tmp_path / "model")
+    found = model.timed(2)
+    assert found.operations["attention"] == 3 * layers  # keys have finer rows, which are projected apart
+    assert found.operations.get("predictor", 0) == (2 * layers if rank else 0)
+    assert set(found.seconds) == set(found.operations)
+    assert min(found.seconds.values()) > 0
+    assert sum(found.seconds.values()) < found.wall_s
+    assert found.num_rows["attention"] == layers * 128 * 2.5
+    assert found.num_rows["predictor"] == (layers * (rank + neurons) if rank else 0)
+    assert 0 < found.num_rows["neurons"] < 3 * layers * neurons
+    assert found.num_rows["neurons"] >= (0 if rank else layers * neurons)  # every gate is read
+    assert (found.touched.predictor > 0) == bool(rank)
+    assert found.looked_at == layers * 128 * (8 + 2.5)
 
 
 @pytest.mark.slow
-def test_this_machine_is_measured(monkeypatch):
-    monkeypatch.setattr(module, "NUM_ROUNDS", 3)
-    found = module.measure_kernel_speeds(Q4, 1)
+def test_this_machine_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "NUM_ROUNDS", 2)
+    found = module.measure_kernel_speeds(Q4, 1, tmp_path)
     assert found.row_format == Q4
     assert found.num_threads == 1
     assert found.operation_s > 0

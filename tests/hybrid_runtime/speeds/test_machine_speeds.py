@@ -1,10 +1,15 @@
 """Speeds are measured once for a machine, kept, and measured anew for another one or from a damaged file."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
 
+from hybrid_runtime.errors import BudgetError
 from hybrid_runtime.machine import Machine
 from hybrid_runtime.speeds import machine_speeds as module
 from hybrid_runtime.speeds.kernel_speeds import KernelSpeeds, measure_kernel_speeds
@@ -22,7 +27,7 @@ def measured(monkeypatch):
 
     def apart(measure, *arguments):
         if measure is measure_kernel_speeds:
-            row_format, num_threads = arguments
+            row_format, num_threads, _ = arguments
             calls.append(str(row_format))
             return replace(kernel_of(row_format), num_threads=num_threads)
         machine, identity, num_threads, folder = arguments
@@ -107,13 +112,38 @@ def test_other_kernels_are_measured_anew(measured, ask, monkeypatch):
     assert len(measured) == 4
 
 
+def test_another_driver_is_measured_anew(measured, ask, monkeypatch):
+    ask()
+    monkeypatch.setattr(module, "driver_version", lambda: "580.65.06")
+    ask()
+    assert len(measured) == 4
+
+
+def test_who_interrupts_the_kernels_keeps_the_rest(measured, ask, monkeypatch):
+    without_interrupt = module._apart
+
+    def interrupted(measure, *arguments):
+        if measure is measure_kernel_speeds:
+            raise KeyboardInterrupt
+        return without_interrupt(measure, *arguments)
+
+    monkeypatch.setattr(module, "_apart", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask()
+    assert measured == ["a processor"]
+    assert len(ask.files()) == 1
+    monkeypatch.setattr(module, "_apart", without_interrupt)
+    ask()
+    assert measured == ["a processor", str(Q4)]
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
         lambda text: "",
         lambda text: "[1]",
         lambda text: text[: len(text) // 2],
-        lambda text: text.replace('"version": 1', '"version": 2'),
+        lambda text: text.replace(f'"version": {module.FORMAT_VERSION}', '"version": 1'),
         lambda text: text.replace('"identity": "', '"identity": "0'),
         lambda text: text.replace('"memory_bytes_per_s"', '"memory"'),
         lambda text: text.replace('"operation_s": ', '"operation_s": -'),
@@ -159,3 +189,48 @@ def test_measuring_apart_gives_the_answer_and_errors_back():
     assert module._apart(max, 3, 5) == 5
     with pytest.raises(ZeroDivisionError):
         module._apart(divmod, 1, 0)
+
+
+def test_a_process_that_dies_is_told_by_its_exit_code():
+    with pytest.raises(BudgetError, match=r"exit code 9; it takes up to 1\.5 GiB"):
+        module._apart(os._exit, 9)
+
+
+INTERRUPTED = """
+import os, sys, threading
+from pathlib import Path
+from hybrid_runtime.machine import describe_machine
+from hybrid_runtime.speeds import machine_speeds
+from tests.hybrid_runtime.placement.made_up import Q4
+
+def measure(*arguments):
+    (arguments[-1] / "left").write_bytes(b"much")
+    threading.Event().wait()  # for ever: nobody sets it
+
+machine_speeds._measure = measure
+if __name__ == "__main__":
+    try:
+        machine_speeds.machine_speeds(describe_machine(), Q4, 1, Path(sys.argv[1]), print)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="this system has no masks of signals")
+@pytest.mark.parametrize("waits_for", ["a folder", "a file in it"])
+def test_ctrl_c_is_quiet_and_leaves_nothing(tmp_path, waits_for):
+    """Whether the other process is still importing or has begun to write."""
+    (tmp_path / "program.py").write_text(INTERRUPTED)
+    cache = tmp_path / "cache"
+    command = [sys.executable, str(tmp_path / "program.py"), str(cache)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    pattern = "measuring-*" if waits_for == "a folder" else "measuring-*/left"
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while process.poll() is None and not list(cache.glob(pattern)):
+            os.sched_yield()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "")
+    assert list(cache.iterdir()) == []
