@@ -13,7 +13,6 @@ from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.model.kv_cache import KvDtype
 from hybrid_runtime.placement.problem import LayerCosts
 from hybrid_runtime.speeds.gpu import GpuSpeeds
-from hybrid_runtime.speeds.kernel_speeds import KernelSpeeds
 from hybrid_runtime.speeds.machine_speeds import MachineSpeeds
 from hybrid_runtime.speeds.projection_rows import projection_rows
 from hybrid_runtime.store.manifest import Manifest
@@ -65,6 +64,15 @@ class DecodeConditions:
     predictor_bytes: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Speeds:
+    """Bytes a second of rows side by side, of all neurons' gates, and of single neurons' rows."""
+
+    dense: float
+    gates: float
+    sparse: float
+
+
 def token_bytes(manifest: Manifest, conditions: DecodeConditions) -> BytesTouched:
     """That one token reads."""
     touched = bytes_touched(
@@ -86,10 +94,10 @@ def predict_decode_time(manifest: Manifest, speeds: MachineSpeeds, conditions: D
     config = manifest.config
     touched = token_bytes(manifest, conditions)
     kernel = speeds.kernel(manifest.quantization.weights)
-    dense, sparse = _bytes_per_s(manifest, speeds, kernel)
+    speed = _speeds_of(manifest, speeds)
     operations = _operations(manifest, conditions)
     looked_at = _positions(config, conditions.mean_length) * config.num_attention_heads * config.head_dim
-    rows_s = _neurons_s(manifest, conditions, touched, dense, sparse) + _num_rows(conditions.rows) * kernel.row_s
+    rows_s = _neurons_s(manifest, conditions, touched, speed) + _num_rows(conditions.rows) * kernel.row_s
     extra = {name: count * kernel.operation_s for name, count in operations.items()}
     attend_s = operations["kv_cache"] * kernel.attend_s
     rows = projection_rows(manifest, uses_predictor=conditions.uses_predictor)
@@ -97,12 +105,12 @@ def predict_decode_time(manifest: Manifest, speeds: MachineSpeeds, conditions: D
     def projection_s(part: str, num_bytes: float) -> float:
         """Memory brings rows while others are worked on, so the slower of both counts."""
         worked_on_s = rows[part] * kernel.dense_row_s + num_bytes / kernel.cached_bytes_per_s
-        return extra[part] + max(worked_on_s, num_bytes / dense)
+        return extra[part] + max(worked_on_s, num_bytes / speed.dense)
 
     return DecodeTime(
-        embedding=kernel.token_s + extra["embedding"] + touched.embedding / dense,
+        embedding=kernel.token_s + extra["embedding"] + touched.embedding / speed.dense,
         attention=projection_s("attention", touched.attention + touched.norms),
-        kv_cache=extra["kv_cache"] + attend_s + touched.kv_cache / dense + looked_at * kernel.attention_value_s,
+        kv_cache=extra["kv_cache"] + attend_s + touched.kv_cache / speed.dense + looked_at * kernel.attention_value_s,
         router=projection_s("router", touched.router),
         predictor=projection_s("predictor", touched.predictor),
         neurons=extra["neurons"] + rows_s,
@@ -121,12 +129,12 @@ def layer_costs(
     """
     config, kernel = manifest.config, speeds.kernel(manifest.quantization.weights)
     row = manifest.quantization.weights.row_bytes(config.hidden_size)
-    dense, sparse = _bytes_per_s(manifest, speeds, kernel)
+    speed = _speeds_of(manifest, speeds)
     rows = 3 if config.activation.is_gated else 2
     bundle_bytes = rows * row
-    neurons_s = _neurons_s(manifest, conditions, token_bytes(manifest, conditions), dense, sparse)
+    neurons_s = _neurons_s(manifest, conditions, token_bytes(manifest, conditions), speed)
     num_rows = _num_rows(conditions.rows)
-    cpu_s = rows * (kernel.row_s + (neurons_s / num_rows if num_rows else row / sparse))
+    cpu_s = rows * (kernel.row_s + (neurons_s / num_rows if num_rows else row / speed.sparse))
     pages = -(-bundle_bytes // READ_BYTES)
     disk_s = max(pages / speeds.disk.small_reads_per_s, bundle_bytes / speeds.disk.bytes_per_s)
     if gpu is None:
@@ -168,33 +176,27 @@ def cpu_part_seconds(time: DecodeTime, manifest: Manifest, speeds: MachineSpeeds
     }
 
 
-def _neurons_s(
-    manifest: Manifest, conditions: DecodeConditions, touched: BytesTouched, dense: float, sparse: float
-) -> float:
-    """Gates of all neurons lie side by side only where they are read alone; bundles interleave them with the rest."""
+def _neurons_s(manifest: Manifest, conditions: DecodeConditions, touched: BytesTouched, speed: _Speeds) -> float:
+    """Bundles interleave gates with the rest: reading all gates is neither reading along memory nor single rows."""
     if not conditions.every_gate:
-        return touched.neurons / sparse
+        return touched.neurons / speed.sparse
     row = manifest.quantization.weights.row_bytes(manifest.config.hidden_size)
     gates = conditions.rows.gate * row
-    return gates / _strided(dense, sparse) + (touched.neurons - gates) / sparse
+    return gates / speed.gates + (touched.neurons - gates) / speed.sparse
 
 
 def _num_rows(rows: NeuronRows) -> float:
     return rows.gate + rows.up + rows.down
 
 
-def _strided(dense: float, sparse: float) -> float:
-    """Bytes a second of one row in three: known places, so they are prefetched, but no long runs."""
-    return (dense + sparse) / 2
-
-
-def _bytes_per_s(manifest: Manifest, speeds: MachineSpeeds, kernel: KernelSpeeds) -> tuple[float, float]:
-    """Of rows side by side and of single neurons' rows: the caches' where they hold what tokens read."""
+def _speeds_of(manifest: Manifest, speeds: MachineSpeeds) -> _Speeds:
+    """The caches' where they hold what tokens read."""
+    kernel = speeds.kernel(manifest.quantization.weights)
     embedding = sum(part.num_bytes for part in manifest.parts if part.file == "embed.bin")
     held = sum(part.num_bytes for part in manifest.parts) - (0 if manifest.config.tie_word_embeddings else embedding)
     if held <= CACHED_SHARE * speeds.cache_bytes:
-        return kernel.cached_bytes_per_s, kernel.cached_bytes_per_s
-    return kernel.dense_bytes_per_s, kernel.sparse_bytes_per_s
+        return _Speeds(*3 * (kernel.cached_bytes_per_s,))
+    return _Speeds(kernel.dense_bytes_per_s, kernel.gates_bytes_per_s, kernel.sparse_bytes_per_s)
 
 
 def _positions(config: ModelConfig, mean_length: float) -> float:

@@ -25,7 +25,7 @@ from hybrid_runtime.benchmarking.bytes_touched import BytesTouched, NeuronRows, 
 from hybrid_runtime.config import ModelConfig, RopeConfig
 from hybrid_runtime.model.decoder import Decoder, PredictorMode
 from hybrid_runtime.model.kv_cache import KvCache
-from hybrid_runtime.model.weights import load_weights
+from hybrid_runtime.model.weights import DecoderWeights, load_weights
 from hybrid_runtime.progress import NoProgress
 from hybrid_runtime.speeds.projection_rows import projection_rows
 from hybrid_runtime.store.convert import Conversion, convert
@@ -115,14 +115,16 @@ class KernelCalibration:
         self._row_format = row_format
         self._num_threads = team.num_threads
         large_layers = max(1, LARGE_BYTES // _attention_bytes(4096, row_format))
-        large = model_shape(4096, 8192, large_layers, rank=256)
-        shapes = (model_shape(128, 256, 4), model_shape(512, 1280, 4), large)
-        stores = [_made(shape, row_format, folder) for shape in shapes]
-        modes: tuple[PredictorMode, ...] = ("gate", "gate", "mask", "gate")
+        shapes = (
+            model_shape(128, 256, 4),
+            model_shape(512, 1280, 4),
+            model_shape(4096, 8192, large_layers, rank=256),
+        )
         self._models = [
-            CalibrationModel(store, load_weights(store), mode, team) for store, mode in zip(stores, modes, strict=False)
+            CalibrationModel(manifest, Decoder(manifest.config, weights, mode, team))
+            for manifest, weights in (_random_weights(shape, row_format, folder) for shape in shapes)
+            for mode in modes_of(manifest)
         ]
-        self._models.append(self._models[-1].in_mode("gate"))
 
     def measure(self, num_rounds: int = NUM_ROUNDS) -> KernelSpeeds:
         """Each model's median over its rounds. Takes some two seconds for nine rounds."""
@@ -132,17 +134,13 @@ class KernelCalibration:
 class CalibrationModel:
     """A random model in memory, as it decodes."""
 
-    def __init__(self, shape: Shape, row_format: RowFormat, team: Team, folder: Path) -> None:
-        mode: PredictorMode = "mask" if shape.layer_ranks else "gate"
-        quantization = Quantization(row_format)
-        source = SyntheticWeights(shape, quantization, FIRING, seed=0)
-        store = convert(Conversion(source, folder, quantization, shape.name, lambda _: None), NoProgress())
-        self._manifest = store.manifest
-        self._decoder = Decoder(shape.config, load_weights(store), mode, team)
-        self._cache = KvCache(shape.config, DEPTH + NUM_TOKENS, "f16")
+    def __init__(self, manifest: Manifest, decoder: Decoder) -> None:
+        self._manifest = manifest
+        self._decoder = decoder
+        self._cache = KvCache(manifest.config, DEPTH + NUM_TOKENS, "f16")
         self._generator = torch.Generator().manual_seed(0)
         for token in self._random(DEPTH):
-            self._decoder.forward(token, self._cache)
+            decoder.forward(token, self._cache)
 
     def timed(self, num_rounds: int) -> Timed:
         """Decode NUM_TOKENS tokens at DEPTH num_rounds times, after a time that warms up."""
@@ -151,6 +149,7 @@ class CalibrationModel:
         median_rows = NeuronRows(*(statistics.median(each.rows[kind] for each in rounds) for kind in range(3)))
         return _timed(
             self._manifest,
+            self._decoder.masks,
             Counter(operation.label for operation in self._decoder.program_of(self._cache).operations),
             median_rows,
             {label: statistics.median(each.seconds[label] for each in rounds) for label in rounds[0].seconds},
@@ -209,13 +208,30 @@ def model_shape(hidden_size: int, intermediate_size: int, num_layers: int, rank:
     return Shape(f"calibration-{hidden_size}", config, FIRING.active, (rank,) * num_layers if rank else ())
 
 
+def modes_of(manifest: Manifest) -> tuple[PredictorMode, ...]:
+    """Ways of finding what fires that can be timed."""
+    return ("mask", "gate") if manifest.predictor_ranks else ("gate",)
+
+
+def _random_weights(shape: Shape, row_format: RowFormat, folder: Path) -> tuple[Manifest, DecoderWeights]:
+    quantization = Quantization(row_format)
+    source = SyntheticWeights(shape, quantization, FIRING, seed=0)
+    store = convert(Conversion(source, folder / shape.name, quantization, shape.name, lambda _: None), NoProgress())
+    return store.manifest, load_weights(store)
+
+
 def _attention_bytes(hidden_size: int, row_format: RowFormat) -> int:
     """Of a layer's projections: keys and values have a quarter of the heads."""
     return hidden_size * 5 // 2 * row_format.row_bytes(hidden_size)
 
 
-def fitted(row_format: RowFormat, num_threads: int, tiny: Timed, small: Timed, large: Timed) -> KernelSpeeds:
-    """Solve for the costs, part after part: projections give theirs and the operations', neurons their rows'."""
+def fitted(
+    row_format: RowFormat, num_threads: int, tiny: Timed, small: Timed, large: Timed, every_gate: Timed
+) -> KernelSpeeds:
+    """Solve for the costs, part after part: projections give theirs and the operations', neurons their rows'.
+
+    every_gate: the large model, with all gates read.
+    """
     parts = [(model, part) for model in (tiny, small) for part in ("attention", "head")]
     seconds = [model.seconds[part] for model, part in parts]
     operation_s, dense_row_s, per_byte = nonnegative_fit(
@@ -235,6 +251,10 @@ def fitted(row_format: RowFormat, num_threads: int, tiny: Timed, small: Timed, l
     dense_parts = ("attention", "head", "predictor")
     dense = sum(_bytes(large, part) for part in dense_parts) / sum(beyond(large, part) for part in dense_parts)
     sparse_s = max(beyond(large, "neurons") - row_s * large.num_rows["neurons"], SMALLEST_S)
+    sparse = large.touched.neurons / sparse_s
+    gate_bytes = every_gate.touched.neurons * every_gate.num_rows["gates"] / every_gate.num_rows["neurons"]
+    others_s = row_s * every_gate.num_rows["neurons"] + (every_gate.touched.neurons - gate_bytes) / sparse
+    gates_s = max(beyond(every_gate, "neurons") - others_s, gate_bytes * per_byte)
     looks = ((tiny, 1 / per_byte), (small, 1 / per_byte), (large, dense))
     attend_s, attention_value_s = nonnegative_fit(
         [[model.operations["KV cache"], model.looked_at] for model, _ in looks],
@@ -249,7 +269,8 @@ def fitted(row_format: RowFormat, num_threads: int, tiny: Timed, small: Timed, l
         row_s=row_s,
         cached_bytes_per_s=1 / per_byte,
         dense_bytes_per_s=dense,
-        sparse_bytes_per_s=large.touched.neurons / sparse_s,
+        sparse_bytes_per_s=sparse,
+        gates_bytes_per_s=gate_bytes / gates_s,
         attention_value_s=attention_value_s,
         token_s=statistics.median(max(each.wall_s - _operations_s(each), 0.0) for each in (tiny, small, large)),
         dense_row_s=dense_row_s,
@@ -275,13 +296,19 @@ def nonnegative_fit(rows: Sequence[Sequence[float]], seconds: Sequence[float], s
 
 
 def _timed(
-    manifest: Manifest, operations: dict[str, int], rows: NeuronRows, seconds: dict[str, float], wall_s: float
+    manifest: Manifest,
+    masks: bool,
+    operations: dict[str, int],
+    rows: NeuronRows,
+    seconds: dict[str, float],
+    wall_s: float,
 ) -> Timed:
     """With what a token of the model reads at DEPTH."""
-    config, masks = manifest.config, bool(manifest.predictor_ranks)
+    config = manifest.config
     mean_length = DEPTH + (NUM_TOKENS + 1) / 2
     touched = bytes_touched(manifest, rows, uses_predictor=masks, mean_length=mean_length, kv_dtype="f16")
-    num_rows = projection_rows(manifest, uses_predictor=masks) | {"neurons": rows.gate + rows.up + rows.down}
+    neurons = {"neurons": rows.gate + rows.up + rows.down, "gates": rows.gate}
+    num_rows = projection_rows(manifest, uses_predictor=masks) | neurons
     query_values = config.num_attention_heads * config.head_dim
     return Timed(touched, num_rows, seconds, operations, wall_s, mean_length * config.num_hidden_layers * query_values)
 

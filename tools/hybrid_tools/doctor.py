@@ -81,6 +81,7 @@ def _lines(machine: Machine, speeds: MachineSpeeds) -> Iterator[str]:
     for kernel in speeds.kernels:
         name = str(kernel.row_format)
         yield f"  {name + ', rows in order':32} {kernel.dense_bytes_per_s / 1e9:8.1f} GB/s"
+        yield f"  {name + ', all gates':32} {kernel.gates_bytes_per_s / 1e9:8.1f} GB/s"
         yield f"  {name + ', single rows':32} {kernel.sparse_bytes_per_s / 1e9:8.1f} GB/s"
         yield f"  {name + ', in caches':32} {kernel.cached_bytes_per_s / 1e9:8.1f} GB/s"
         per_row = f"a row {kernel.row_s * 1e9:.0f} ns"

@@ -79,6 +79,7 @@ def kernel_of(row_format: RowFormat = Q4, **fields) -> KernelSpeeds:
         "cached_bytes_per_s": 64e9,
         "dense_bytes_per_s": 16e9,
         "sparse_bytes_per_s": 8e9,
+        "gates_bytes_per_s": 12e9,
         "attention_value_s": 1e-10,
     }
     return KernelSpeeds(row_format.kind, row_format.group, 2, **(values | fields))

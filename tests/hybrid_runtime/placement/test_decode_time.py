@@ -47,8 +47,12 @@ def seconds(manifest, conditions, cache_bytes=0, **kernel):
 
 @pytest.mark.parametrize(("manifest", "conditions"), [(DENSE, conditions_of()), (MIXTURE, PREDICTED)])
 def test_half_the_bandwidth_is_double_the_time_of_bytes(manifest, conditions):
-    slow = seconds(manifest, conditions, **ONLY_BYTES, dense_bytes_per_s=10e9, sparse_bytes_per_s=5e9)
-    fast = seconds(manifest, conditions, **ONLY_BYTES, dense_bytes_per_s=20e9, sparse_bytes_per_s=10e9)
+    slow = seconds(
+        manifest, conditions, **ONLY_BYTES, dense_bytes_per_s=10e9, sparse_bytes_per_s=5e9, gates_bytes_per_s=6e9
+    )
+    fast = seconds(
+        manifest, conditions, **ONLY_BYTES, dense_bytes_per_s=20e9, sparse_bytes_per_s=10e9, gates_bytes_per_s=12e9
+    )
     touched = token_bytes(manifest, conditions)
     for name, value in asdict(slow).items():
         assert value == pytest.approx(2 * getattr(fast, name))
@@ -58,9 +62,9 @@ def test_half_the_bandwidth_is_double_the_time_of_bytes(manifest, conditions):
     assert slow.total_s - slow.neurons == pytest.approx(rest / 10e9)
 
 
-def test_gates_that_lie_apart_cost_between_rows_in_order_and_single_rows():
+def test_gates_that_are_all_read_have_a_speed_of_their_own():
     row = Q4.row_bytes(64)
-    only = ONLY_BYTES | {"dense_bytes_per_s": 30e9, "sparse_bytes_per_s": 10e9}
+    only = ONLY_BYTES | {"sparse_bytes_per_s": 10e9, "gates_bytes_per_s": 20e9}
     every = seconds(DENSE, conditions_of(NeuronRows(100, 7, 3)), **only)
     assert every.neurons == pytest.approx(100 * row / 20e9 + 10 * row / 10e9)
     named = seconds(DENSE, conditions_of(NeuronRows(100, 7, 3), every_gate=False), **only)
@@ -113,7 +117,13 @@ def test_every_operation_of_the_program_is_counted(name, row_format, lone_team, 
         assert {names.get(label, label): count for label, count in labels.items()} == {
             part: count for part, count in counted.items() if count
         }
-        only = {"row_s": 0.0, "attention_value_s": 0.0, "dense_bytes_per_s": 1e30, "sparse_bytes_per_s": 1e30}
+        only = {
+            "row_s": 0.0,
+            "attention_value_s": 0.0,
+            "dense_bytes_per_s": 1e30,
+            "sparse_bytes_per_s": 1e30,
+            "gates_bytes_per_s": 1e30,
+        }
         speeds = speeds_of(kernel_of(row_format, operation_s=1.0, **only))
         time = predict_decode_time(model.store.manifest, speeds, conditions_of(uses_predictor=decoder.masks))
         assert time.total_s == pytest.approx(sum(labels.values()))

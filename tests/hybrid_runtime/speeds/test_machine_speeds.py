@@ -182,7 +182,7 @@ def test_files_are_what_was_measured(measured, ask):
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_speeds_that_nothing_has_are_refused(value):
     with pytest.raises(ValueError, match=r"row_s is .*, expected a finite number >= 0"):
-        KernelSpeeds("q4", 32, 1, 0.0, value, 1.0, 1.0, 1.0, 0.0)
+        KernelSpeeds("q4", 32, 1, 0.0, value, 1.0, 1.0, 1.0, 1.0, 0.0)
 
 
 def test_measuring_apart_gives_the_answer_and_errors_back():
