@@ -57,16 +57,23 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """The expected peak of the process."""
-        lasting = self.program + self.compiler
-        residue = min(self.conversion, CONVERSION_RESIDUE_BYTES)
-        run = self.weights + self.kv_cache + self.workspace + residue
-        return int((lasting + max(run, self.conversion)) * (1 + ALLOCATOR_SHARE))
+        return int(self._asked_for * (1 + ALLOCATOR_SHARE))
 
     @property
     def expected(self) -> int:
         """What a run will rather take, kernels compiled before and nothing converted; `total` is what is promised."""
         workspace = self.workspace - KERNEL_BLOCK_BYTES + EXPECTED_BLOCK_BYTES
         return self.program + LOADED_KERNELS_BYTES + self.weights + self.kv_cache + workspace
+
+    def room_in(self, ram_bytes: int) -> int:
+        """Bytes of weights that could come on top, `total` staying within ram_bytes; below 0 where it is above."""
+        return int(ram_bytes / (1 + ALLOCATOR_SHARE)) - self._asked_for
+
+    @property
+    def _asked_for(self) -> int:
+        lasting = self.program + self.compiler
+        residue = min(self.conversion, CONVERSION_RESIDUE_BYTES)
+        return lasting + max(self.weights + self.kv_cache + self.workspace + residue, self.conversion)
 
     def describe(self) -> str:
         """The table on one line."""

@@ -77,7 +77,7 @@ load_option = click.option(
     "starts at once, computes slower, and lets the system drop what it needs the room for.",
 )
 threads_option = click.option(
-    "--threads", "-t", type=click.IntRange(1, 1024), metavar="N", help="CPU threads. [default: physical cores]"
+    "--threads", "-t", type=click.IntRange(1, 256), metavar="N", help="CPU threads. [default: physical cores]"
 )
 cache_dir_option = click.option(
     "--cache-dir",

@@ -194,7 +194,7 @@ def _load(settings: Settings) -> Engine:
         cache_dir=settings.cache_dir,
         verbose=settings.verbose,
     )
-    if settings.vram > 0 and engine.config.activation.is_sparse and engine.sequence.decoder.predictor_mode != "trained":
+    if settings.vram > 0 and engine.config.activation.is_sparse:
         from hybrid_runtime.cli.offline import prepare_plan  # noqa: PLC0415  # only where a plan is wanted
 
         prepare_plan(engine, settings.vram, settings.ram, settings.cache_dir)

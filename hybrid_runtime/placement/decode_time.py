@@ -1,7 +1,7 @@
 """How long one decoded token takes: bytes over measured speeds, and operations times what each costs besides.
 
-On the CPU alone every part follows the one before, so the sum is the prediction. Where a GPU takes part, a placement
-problem gets seconds for each active neuron (`layer_costs`) and adds the layers up itself.
+On the CPU alone every part follows the one before, so the sum is the prediction. Where a GPU takes part, costs.py has
+what a placement problem needs to add the layers up itself.
 """
 
 from __future__ import annotations
@@ -11,16 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from hybrid_runtime.benchmarking.bytes_touched import BytesTouched, NeuronRows, bytes_touched
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.model.kv_cache import KvDtype
-from hybrid_runtime.placement.problem import LayerCosts
-from hybrid_runtime.speeds.gpu import GpuSpeeds
 from hybrid_runtime.speeds.machine_speeds import MachineSpeeds
 from hybrid_runtime.speeds.projection_rows import projection_rows
 from hybrid_runtime.store.manifest import Manifest
 
 CACHED_SHARE = 0.75  # of the last level's cache: what a model can take of it and still be read from there
-READ_BYTES = 4096  # of a disk: bundles are read in whole pages
 NEURON_OPERATIONS = 2  # of a layer: the rows, their sum
-LAUNCHES_PER_LAYER = 3  # of a layer's hot neurons: gate and up, down, merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +47,9 @@ class DecodeTime:
 
 @dataclass(frozen=True, slots=True)
 class DecodeConditions:
-    """rows: that one token reads, summed over layers; every_gate: whether the gates of all neurons are read, side by
-    side, or those of named ones; mean_length: tokens that a token looks back on, its own included. predictor_bytes: of
-    all layers' predictors that lie beside the store; None: those in it are used, if any.
+    """rows: that one token reads, summed over layers; every_gate: whether the gates of all neurons are read, or those
+    of named ones; every_row: whether all rows are; mean_length: tokens that a token looks back on, its own included.
+    predictor_bytes: of all layers' predictors that lie beside the store; None: those in it are used, if any.
     """
 
     rows: NeuronRows
@@ -62,6 +58,7 @@ class DecodeConditions:
     mean_length: float
     kv_dtype: KvDtype
     predictor_bytes: int | None = None
+    every_row: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +94,7 @@ def predict_decode_time(manifest: Manifest, speeds: MachineSpeeds, conditions: D
     speed = _speeds_of(manifest, speeds)
     operations = _operations(manifest, conditions)
     looked_at = _positions(config, conditions.mean_length) * config.num_attention_heads * config.head_dim
-    rows_s = _neurons_s(manifest, conditions, touched, speed) + _num_rows(conditions.rows) * kernel.row_s
+    rows_s = rows_seconds(manifest, speeds, conditions, conditions.rows)
     extra = {name: count * kernel.operation_s for name, count in operations.items()}
     attend_s = operations["kv_cache"] * kernel.attend_s
     rows = projection_rows(manifest, uses_predictor=conditions.uses_predictor)
@@ -118,75 +115,19 @@ def predict_decode_time(manifest: Manifest, speeds: MachineSpeeds, conditions: D
     )
 
 
-def layer_costs(
-    manifest: Manifest, speeds: MachineSpeeds, conditions: DecodeConditions, gpu: GpuSpeeds | None
-) -> LayerCosts:
-    """Seconds per bundle that is read whole, alike in all layers.
+def rows_seconds(manifest: Manifest, speeds: MachineSpeeds, conditions: DecodeConditions, rows: NeuronRows) -> float:
+    """Of neurons' rows on the CPU: of all that a token reads, or of some of them.
 
-    On the CPU a row costs what the rows of a token's neurons cost on average, so that they add up to the prediction.
-    The GPU reads at its memory's speed and pays its launches with the sync: one copy of the input there, one of the
-    partial sums (merge `output`: hidden_size floats) or of indices and values (`hidden`) over the bus.
+    Bundles interleave gates with the rest, so reading all gates is neither reading along memory nor single rows.
     """
-    config, kernel = manifest.config, speeds.kernel(manifest.quantization.weights)
-    row = manifest.quantization.weights.row_bytes(config.hidden_size)
-    speed = _speeds_of(manifest, speeds)
-    rows = 3 if config.activation.is_gated else 2
-    bundle_bytes = rows * row
-    neurons_s = _neurons_s(manifest, conditions, token_bytes(manifest, conditions), speed)
-    num_rows = _num_rows(conditions.rows)
-    cpu_s = rows * (kernel.row_s + (neurons_s / num_rows if num_rows else row / speed.sparse))
-    pages = -(-bundle_bytes // READ_BYTES)
-    disk_s = max(pages / speeds.disk.small_reads_per_s, bundle_bytes / speeds.disk.bytes_per_s)
-    if gpu is None:
-        return LayerCosts(cpu_s, cpu_s * (rows - 1) / rows, disk_s, 0.0, 0.0, 0.0, 0.0)
-    vector_s = config.hidden_size * 4 / gpu.to_gpu_bytes_per_s
-    sync_s = gpu.round_trip_s + LAUNCHES_PER_LAYER * gpu.launch_s + 2 * vector_s
-    return LayerCosts(
-        cpu_s=cpu_s,
-        cpu_without_down_s=cpu_s * (rows - 1) / rows + 8 / gpu.to_gpu_bytes_per_s,
-        disk_s=disk_s,
-        gpu_s=bundle_bytes / gpu.memory_bytes_per_s,
-        gpu_down_s=row / gpu.memory_bytes_per_s,
-        sync_s=sync_s,
-        hidden_sync_s=gpu.round_trip_s + LAUNCHES_PER_LAYER * gpu.launch_s + vector_s,
-    )
-
-
-def gpu_part_seconds(touched: BytesTouched, config: ModelConfig, gpu: GpuSpeeds) -> dict[str, float]:
-    """Seconds of a token by kind of part, were all of it on the GPU: its bytes and three launches an operation."""
-    per_layer = 3 * gpu.launch_s * config.num_hidden_layers
-    speed = gpu.memory_bytes_per_s
-    return {
-        "attention": (touched.attention + touched.norms + touched.router) / speed + per_layer,
-        "KV cache": touched.kv_cache / speed,
-        "head": touched.head / speed + gpu.launch_s,
-        "predictors": touched.predictor / speed + per_layer,
-    }
-
-
-def cpu_part_seconds(time: DecodeTime, manifest: Manifest, speeds: MachineSpeeds) -> dict[str, float]:
-    """The same on the CPU, as predicted. Attention's have what the neurons' operations cost beyond their rows."""
-    operation_s = speeds.kernel(manifest.quantization.weights).operation_s
-    return {
-        "embedding": time.embedding,
-        "attention": time.attention + time.router + NEURON_OPERATIONS * manifest.config.num_hidden_layers * operation_s,
-        "KV cache": time.kv_cache,
-        "head": time.head,
-        "predictors": time.predictor,
-    }
-
-
-def _neurons_s(manifest: Manifest, conditions: DecodeConditions, touched: BytesTouched, speed: _Speeds) -> float:
-    """Bundles interleave gates with the rest: reading all gates is neither reading along memory nor single rows."""
-    if not conditions.every_gate:
-        return touched.neurons / speed.sparse
-    row = manifest.quantization.weights.row_bytes(manifest.config.hidden_size)
-    gates = conditions.rows.gate * row
-    return gates / speed.gates + (touched.neurons - gates) / speed.sparse
-
-
-def _num_rows(rows: NeuronRows) -> float:
-    return rows.gate + rows.up + rows.down
+    kernel, speed = speeds.kernel(manifest.quantization.weights), _speeds_of(manifest, speeds)
+    row_bytes = manifest.quantization.weights.row_bytes(manifest.config.hidden_size)
+    num_rows = rows.gate + rows.up + rows.down
+    if conditions.every_row:
+        in_order_s = row_bytes / kernel.cached_bytes_per_s + kernel.dense_row_s
+        return num_rows * max(in_order_s, row_bytes / speed.dense)
+    gates = rows.gate * row_bytes / (speed.gates if conditions.every_gate else speed.sparse)
+    return gates + (rows.up + rows.down) * row_bytes / speed.sparse + num_rows * kernel.row_s
 
 
 def _speeds_of(manifest: Manifest, speeds: MachineSpeeds) -> _Speeds:

@@ -48,7 +48,8 @@ class Solution:
     """A placement, and how good it is known to be.
 
     gap: share of its time per token that a better placement could save at most. is_optimal: gap is within what was
-    asked for. status: HiGHS's own last word. found_by: greedy where HiGHS found nothing better in its time.
+    asked for. status: HiGHS's own last word. found_by: greedy where HiGHS found nothing better in its time. greedy_s:
+    the greedy answer's time, None where it found none.
     """
 
     placement: Placement
@@ -57,6 +58,7 @@ class Solution:
     status: str
     found_by: Literal["highs", "greedy"]
     solve_s: float
+    greedy_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,7 @@ def place_exactly(
         status=outcome.status,
         found_by="greedy" if best is greedy else "highs",
         solve_s=time.perf_counter() - start,
+        greedy_s=None if greedy is None else greedy.objective_s,
     )
 
 
@@ -176,7 +179,8 @@ def _scale(problem: PlacementProblem) -> float:
     for layer in problem.layers:
         costs = layer.costs
         per_neuron_s = costs.cpu_s + costs.gpu_s + costs.disk_s * problem.allow_disk
-        largest_s += layer.active * per_neuron_s + costs.sync_s + costs.hidden_sync_s
+        syncs_s = costs.sync_s + costs.hidden_sync_s + costs.none_sync_s + costs.all_gpu_sync_s
+        largest_s += layer.active * per_neuron_s + syncs_s
     return LARGEST_TOTAL / largest_s if largest_s > 0 else 1.0
 
 
@@ -197,6 +201,8 @@ def _may_fit(problem: PlacementProblem, layer: LayerGroups, merge: MergePoint) -
     """False where merging there takes more VRAM for this layer alone than there is."""
     if merge == "none":
         return True
+    if merge == "gpu":
+        return problem.min_hot <= layer.num_neurons and layer.num_neurons * layer.bundle_bytes <= problem.gpu_bytes
     smallest = 0 if merge == "hidden" else min(group.num_neurons for group in layer.groups)
     num_hot = max(problem.min_hot, smallest)
     down_bytes = (layer.num_neurons - num_hot) * layer.down_bytes if merge == "hidden" else 0
@@ -221,7 +227,7 @@ def _add_block(program: _Program, problem: PlacementProblem, position: int, merg
         program.add_row(dict(_terms(layer, block, active, side_s)) | {block.time: -1.0}, upper=0.0)
     for columns in zip(*block.moved.values(), strict=True):
         program.add_row(dict.fromkeys(columns, 1.0) | {block.switch: -1.0}, upper=0.0)
-    if merge != "none" and problem.min_hot:
+    if "gpu" in block.moved and problem.min_hot:
         hot = {column: float(group.num_neurons) for column, group in zip(block.moved["gpu"], layer.groups, strict=True)}
         program.add_row(hot | {block.switch: -float(problem.min_hot)}, lower=0.0)
     return block

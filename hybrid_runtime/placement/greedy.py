@@ -51,7 +51,18 @@ def place_greedily(problem: PlacementProblem) -> Placement | None:
         if not gains or (min(gains)[0] > 0 and not is_better):
             break
         merges[min(gains)[1]] = "none"
-    return None if best is None else exchanged(problem, _with_down_rows(problem, best))
+    if best is None:
+        return None
+    return _on_one_side(problem, exchanged(problem, _with_down_rows(problem, best)))
+
+
+def _on_one_side(problem: PlacementProblem, placement: Placement) -> Placement:
+    """The placement where layers whose neurons are all on the GPU merge nothing, if that is quicker."""
+    layers = []
+    for layer, placed in zip(problem.layers, placement.layers, strict=True):
+        whole = place_layer(layer, "gpu", placed.tiers) if set(placed.tiers) == {"gpu"} else placed
+        layers.append(min(placed, whole, key=lambda each: each.total_s))
+    return Placement(tuple(layers))
 
 
 def _with_down_rows(problem: PlacementProblem, best: Placement) -> Placement:

@@ -2,12 +2,11 @@
 
 A layer's neurons are sorted by how often they fire, over all its experts together, and the sorted row is cut. Cuts lie
 close where neurons are many and where firings are many, so the steep head of the curve is cut fine and the long tail
-is not cut into nothing but zeros. Layers are known by their number alone, never by a name that sorts as text.
+is not cut into nothing but zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,18 +32,6 @@ class NeuronGroups:
     order: npt.NDArray[np.int32]
     bounds: tuple[int, ...]
     intermediate_size: int
-
-    def members(self, group_idx: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """expert_idx and neuron_idx of the group's neurons, [num_neurons] int32 each."""
-        neurons = self.order[self.bounds[group_idx] : self.bounds[group_idx + 1]]
-        return neurons // self.intermediate_size, neurons % self.intermediate_size
-
-
-def group_layers(
-    firings: Mapping[int, npt.NDArray[np.float64]], num_groups: int = NUM_GROUPS
-) -> dict[int, NeuronGroups]:
-    """Groups of every layer, ascending by layer_idx. firings: by layer_idx, as group_neurons takes them."""
-    return {layer_idx: group_neurons(firings[layer_idx], num_groups) for layer_idx in sorted(firings)}
 
 
 def group_neurons(firings: npt.NDArray[np.float64], num_groups: int = NUM_GROUPS) -> NeuronGroups:

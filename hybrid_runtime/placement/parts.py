@@ -1,35 +1,34 @@
 """What takes memory beside the neurons: who it is, how much, and on which device it goes when there is too little VRAM.
 
 First the GPU's own overhead, then layer by layer attention with its norms, router and cache, then the head, then the
-predictors: in this order as long as they fit. The embedding stays in RAM, since a token reads one row of it.
+predictors: in this order as long as they fit. The embedding stays in RAM, since a token reads one row of it; so does
+what the GPU is not faster at, which the plan decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.model.kv_cache import KvDtype, kv_cache_bytes
 from hybrid_runtime.store.manifest import Manifest
 
 Device = Literal["gpu", "ram"]
 PartKind = Literal["embedding", "attention", "KV cache", "head", "predictors"]
 
+GPU_KINDS: Final[tuple[PartKind, ...]] = ("attention", "KV cache", "head", "predictors")
+"""All but the embedding."""
 GPU_OVERHEAD_BYTES = 600 << 20  # CUDA's context, its libraries and our buffers (reference: 0.6 GiB assumed)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One thing that is placed as a whole. layer_idx: None for what belongs to none; read_share: of its bytes, what one
-    token reads.
-    """
+    """One thing that takes memory. layer_idx: None for what belongs to none."""
 
     kind: PartKind
     layer_idx: int | None
     num_bytes: int
-    read_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +65,30 @@ def model_parts(
         )
         size = own if predictor_bytes is None else predictor_bytes[layer_idx]
         if size:
-            parts.append(Part("predictors", layer_idx, size, _routed_share(config)))
+            parts.append(Part("predictors", layer_idx, size))
     if embedding:
-        parts.append(Part("embedding", None, embedding, 1 / config.vocab_size))
+        parts.append(Part("embedding", None, embedding))
     return parts
 
 
-def place_parts(parts: Sequence[Part], vram_bytes: int) -> tuple[list[PlacedPart], int]:
-    """Every part's device, and the VRAM that is left for neurons; without VRAM everything is in RAM."""
+def place_parts(
+    parts: Sequence[Part], vram_bytes: int, kinds: Collection[PartKind] = GPU_KINDS
+) -> tuple[list[PlacedPart], int]:
+    """Every part's device, and the VRAM that is left for neurons; without VRAM everything is in RAM.
+
+    kinds: that the GPU is to have. A layer's attention and its cache go together, since one reads the other.
+    """
     left = vram_bytes - GPU_OVERHEAD_BYTES
     if left <= 0:
         return [PlacedPart(part, "ram") for part in parts], 0
     placed, is_full = [], False
-    for part in parts:
-        fits = part.kind != "embedding" and not is_full and part.num_bytes <= left
-        is_full = is_full or (part.kind != "embedding" and not fits)  # nothing overtakes what did not fit
-        left -= part.num_bytes if fits else 0
-        placed.append(PlacedPart(part, "gpu" if fits else "ram"))
+    for unit in _units(parts):
+        needed = sum(part.num_bytes for part in unit)
+        wanted = unit[0].kind in kinds
+        fits = wanted and not is_full and needed <= left
+        is_full = is_full or (wanted and not fits)  # nothing overtakes what did not fit
+        left -= needed if fits else 0
+        placed += [PlacedPart(part, "gpu" if fits else "ram") for part in unit]
     return placed, 0 if is_full else left
 
 
@@ -91,5 +97,19 @@ def bytes_on(placed: Sequence[PlacedPart], device: Device) -> int:
     return sum(each.part.num_bytes for each in placed if each.device == device)
 
 
-def _routed_share(config: ModelConfig) -> float:
-    return config.num_experts_per_tok / config.num_experts if config.num_experts else 1.0
+def layers_on_gpu(placed: Sequence[PlacedPart]) -> set[int]:
+    """Layers whose attention is there."""
+    on_gpu = (each.part for each in placed if each.device == "gpu")
+    return {part.layer_idx for part in on_gpu if part.kind == "attention" and part.layer_idx is not None}
+
+
+def _units(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """What is placed as a whole."""
+    unit: list[Part] = []
+    for part in parts:
+        if unit and not (part.kind == "KV cache" and part.layer_idx == unit[0].layer_idx):
+            yield unit
+            unit = []
+        unit.append(part)
+    if unit:
+        yield unit

@@ -7,6 +7,7 @@ tiers.safetensors      layers.<l>: uint8 [E, I], 0 gpu, 1 ram, 2 disk
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +20,26 @@ from hybrid_runtime.model.kv_cache import KvDtype
 from hybrid_runtime.placement.exact import place_exactly
 from hybrid_runtime.placement.greedy import place_greedily
 from hybrid_runtime.placement.grouping import NeuronGroups, group_neurons
-from hybrid_runtime.placement.parts import GPU_OVERHEAD_BYTES, PlacedPart, bytes_on, model_parts, place_parts
-from hybrid_runtime.placement.problem import LayerCosts, LayerGroups, LayerPlacement, MergePoint, PlacementProblem
+from hybrid_runtime.placement.parts import (
+    GPU_KINDS,
+    GPU_OVERHEAD_BYTES,
+    Device,
+    Part,
+    PartKind,
+    PlacedPart,
+    bytes_on,
+    layers_on_gpu,
+    model_parts,
+    place_parts,
+)
+from hybrid_runtime.placement.problem import (
+    LayerCosts,
+    LayerGroups,
+    LayerPlacement,
+    MergePoint,
+    PlacementProblem,
+    require_room,
+)
 from hybrid_runtime.profiling.profile import Profile
 from hybrid_runtime.sizes import format_bytes
 from hybrid_runtime.store.manifest import Manifest
@@ -30,7 +49,7 @@ from hybrid_runtime.typed_json import from_json
 from hybrid_runtime.whole_files import write_whole
 
 FORMAT_NAME = "hybrid-runtime plan"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PLAN, TIERS = "plan.json", "tiers.safetensors"
 REMEDY = "run hybrid-place again"
 TIER_CODES = {"gpu": 0, "ram": 1, "disk": 2}
@@ -38,7 +57,9 @@ TIER_CODES = {"gpu": 0, "ram": 1, "disk": 2}
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """Budgets in bytes, and what decides what else needs room. program_bytes: of RAM, for Python, torch, buffers."""
+    """Budgets in bytes, and what decides what else needs room. program_bytes: of RAM, what Python, torch and buffers
+    are expected to take; reserved_bytes: what they may take more, which stays free.
+    """
 
     vram_bytes: int
     ram_bytes: int
@@ -46,15 +67,20 @@ class PlanRequest:
     kv_dtype: KvDtype
     program_bytes: int
     allow_disk: bool
+    reserved_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCosts:
-    """Seconds of a token: of what is not neurons, on the CPU and on the GPU, by kind of part; and of neurons."""
+    """Seconds of a token: of what is not neurons, on the CPU and on the GPU, by kind of part; and by layer of neurons,
+    with its attention on the CPU, and on the GPU. mean_length: tokens that one looks back on.
+    """
 
-    cpu_s: dict[str, float]
-    gpu_s: dict[str, float]
-    neurons: LayerCosts
+    cpu_s: dict[PartKind, float]
+    gpu_s: dict[PartKind, float]
+    beside_cpu: tuple[LayerCosts, ...]
+    beside_gpu: tuple[LayerCosts, ...]
+    mean_length: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +95,19 @@ class PlanPart:
 
 @dataclass(frozen=True, slots=True)
 class PlanLayer:
-    """One layer's neurons. seconds are of one token: the CPU's and the GPU's work at the same time, then the merge."""
+    """One layer's neurons. seconds are of one token: the CPU's and the GPU's work at the same time, then the merge.
+
+    ..._bytes: what they take there; VRAM has the down rows of those in RAM too, where the merge is `hidden`.
+    """
 
     layer_idx: int
     merge: MergePoint
     gpu_neurons: int
     ram_neurons: int
     disk_neurons: int
+    gpu_bytes: int
+    ram_bytes: int
+    disk_bytes: int
     cpu_s: float
     gpu_s: float
     sync_s: float
@@ -88,8 +120,9 @@ class PlanLayer:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """plan.json. gpu: its name, or why there is none; ..._used_bytes: of the budgets; greedy_s: what the greedy answer
-    would take for its neurons, None where it found none; gap: what a better placement could save at most, as a share.
+    """plan.json. gpu: its name, or why there is none; ..._used_bytes: of the budgets; mean_length: tokens that a
+    token looks back on, for the times; greedy_s: what the greedy answer would take for its neurons, None where it found
+    none; gap: what a better placement of the neurons could save at most, as a share of theirs.
     """
 
     format: str
@@ -101,6 +134,7 @@ class Plan:
     vram_bytes: int
     ram_bytes: int
     num_positions: int
+    mean_length: float
     kv_dtype: KvDtype
     vram_used_bytes: int
     ram_used_bytes: int
@@ -116,6 +150,11 @@ class Plan:
     def neurons_s(self) -> float:
         """Of one token."""
         return sum(layer.total_s for layer in self.layers)
+
+    @property
+    def neuron_bytes(self) -> dict[str, int]:
+        """By tier."""
+        return {tier: sum(getattr(layer, f"{tier}_bytes") for layer in self.layers) for tier in TIER_CODES}
 
     @property
     def total_s(self) -> float:
@@ -142,23 +181,9 @@ def make_plan(
     reads: by layer float64 [E, I], how many whole bundles of the neuron a token reads on average (expected_reads).
     """
     parts = model_parts(manifest, request.num_positions, request.kv_dtype, predictor_bytes)
-    placed, vram_left = place_parts(parts, request.vram_bytes)
-    ram_left = request.ram_bytes - request.program_bytes - bytes_on(placed, "ram")
-    if ram_left < 0:
-        dense = bytes_on(placed, "ram")
-        raise BudgetError(
-            f"--ram {format_bytes(request.ram_bytes)}: the program takes {format_bytes(request.program_bytes)} and "
-            f"what is not neurons {format_bytes(dense)}, which is {-ram_left} bytes more; give more --ram, a smaller "
-            "--ctx or --quant, or --vram that holds attention and head"
-        )
     groups = [group_neurons(each.numpy()) for each in reads]
-    problem = PlacementProblem(
-        tuple(_layer(manifest, idx, each, costs.neurons) for idx, each in enumerate(groups)),
-        vram_left,
-        ram_left,
-        request.allow_disk,
-    )
-    solution, greedy = place_exactly(problem), place_greedily(problem)
+    chosen = _chosen_start(manifest, parts, groups, request, costs)
+    placed, solution = chosen.placed, place_exactly(chosen.problem)
     found = solution.placement
     tiers = [_tiers(each, placed_layer) for each, placed_layer in zip(groups, found.layers, strict=True)]
     used_vram = bytes_on(placed, "gpu") + found.gpu_bytes
@@ -172,6 +197,7 @@ def make_plan(
         vram_bytes=request.vram_bytes,
         ram_bytes=request.ram_bytes,
         num_positions=request.num_positions,
+        mean_length=costs.mean_length,
         kv_dtype=request.kv_dtype,
         vram_used_bytes=used_vram + GPU_OVERHEAD_BYTES if used_vram else 0,
         ram_used_bytes=request.program_bytes + bytes_on(placed, "ram") + found.ram_bytes,
@@ -181,7 +207,7 @@ def make_plan(
         solver=f"{solution.found_by}, {solution.status}",
         solve_s=solution.solve_s,
         gap=solution.gap,
-        greedy_s=None if greedy is None else greedy.objective_s,
+        greedy_s=solution.greedy_s,
     )
     return plan, tiers
 
@@ -223,10 +249,74 @@ def read_plan(folder: Path, config: ModelConfig, model_digest: str | None = None
     return plan, tiers
 
 
-def _layer(manifest: Manifest, layer_idx: int, groups: NeuronGroups, costs: LayerCosts) -> LayerGroups:
-    config = manifest.config
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """Where everything but neurons is, and the neurons' problem that it leaves."""
+
+    placed: list[PlacedPart]
+    problem: PlacementProblem
+
+
+def _chosen_start(
+    manifest: Manifest,
+    parts: Sequence[Part],
+    groups: Sequence[NeuronGroups],
+    request: PlanRequest,
+    costs: TokenCosts,
+) -> _Start:
+    """What comes out best when neurons are placed greedily, of three ways to share VRAM between them and the rest.
+
+    The rest on the GPU where that is faster; nothing of it; all of it, where RAM is short. Raises BudgetError for too
+    little memory.
+    """
+    faster = [kind for kind in GPU_KINDS if costs.gpu_s.get(kind, math.inf) < costs.cpu_s.get(kind, 0.0)]
+    if "attention" in faster:
+        faster = [kind for kind in GPU_KINDS if kind in faster or kind == "KV cache"]
+    starts: list[tuple[float, _Start]] = []
+    first_error: BudgetError | None = None
+    for kinds in dict.fromkeys((tuple(faster), (), GPU_KINDS) if request.vram_bytes else ((),)):
+        placed, vram_left = place_parts(parts, request.vram_bytes, kinds)
+        try:
+            problem = _problem(manifest, placed, vram_left, groups, request, costs)
+            require_room(problem)
+        except BudgetError as error:
+            first_error = first_error or error
+            continue
+        greedy = place_greedily(problem)
+        parts_s = sum(part.seconds for part in _plan_parts(placed, costs))
+        starts.append((parts_s + (math.inf if greedy is None else greedy.objective_s), _Start(placed, problem)))
+    if not starts:
+        assert first_error is not None
+        raise first_error
+    return min(starts, key=lambda start: start[0])[1]
+
+
+def _problem(
+    manifest: Manifest,
+    placed: Sequence[PlacedPart],
+    vram_left: int,
+    groups: Sequence[NeuronGroups],
+    request: PlanRequest,
+    costs: TokenCosts,
+) -> PlacementProblem:
+    """Of the neurons, beside what is placed. Raises BudgetError where RAM does not even hold that."""
+    dense = bytes_on(placed, "ram")
+    ram_left = request.ram_bytes - request.program_bytes - request.reserved_bytes - dense
+    if ram_left < 0:
+        raise BudgetError(
+            f"--ram {format_bytes(request.ram_bytes)}: the program takes "
+            f"{format_bytes(request.program_bytes + request.reserved_bytes)} and "
+            f"what is not neurons {format_bytes(dense)}, which is {-ram_left} bytes more; give more --ram, a smaller "
+            "--ctx or --quant, or --vram that holds attention and head"
+        )
+    config, on_gpu = manifest.config, layers_on_gpu(placed)
     row = manifest.quantization.weights.row_bytes(config.hidden_size)
-    return LayerGroups(layer_idx, groups.groups, row * (3 if config.activation.is_gated else 2), row, costs)
+    bundle = row * (3 if config.activation.is_gated else 2)
+    layers = tuple(
+        LayerGroups(idx, each.groups, bundle, row, (costs.beside_gpu if idx in on_gpu else costs.beside_cpu)[idx])
+        for idx, each in enumerate(groups)
+    )
+    return PlacementProblem(layers, vram_left, ram_left, request.allow_disk)
 
 
 def _tiers(groups: NeuronGroups, placed: LayerPlacement) -> torch.Tensor:
@@ -240,18 +330,30 @@ def _tiers(groups: NeuronGroups, placed: LayerPlacement) -> torch.Tensor:
 
 def _plan_layer(placed: LayerPlacement, tiers: torch.Tensor) -> PlanLayer:
     gpu, ram, disk = (int((tiers == code).sum()) for code in TIER_CODES.values())
-    return PlanLayer(placed.layer_idx, placed.merge, gpu, ram, disk, placed.cpu_s, placed.gpu_s, placed.sync_s)
+    return PlanLayer(
+        placed.layer_idx,
+        placed.merge,
+        gpu,
+        ram,
+        disk,
+        placed.gpu_bytes,
+        placed.ram_bytes,
+        placed.disk_bytes,
+        placed.cpu_s,
+        placed.gpu_s,
+        placed.sync_s,
+    )
 
 
 def _plan_parts(placed: Sequence[PlacedPart], costs: TokenCosts) -> tuple[PlanPart, ...]:
     """By kind and device; a kind's seconds are shared out by bytes."""
-    totals: dict[str, int] = {}
-    groups: dict[tuple[str, str], int] = {}
+    totals: dict[PartKind, int] = {}
+    groups: dict[tuple[PartKind, Device], int] = {}
     for each in placed:
         kind, size = each.part.kind, each.part.num_bytes
         totals[kind] = totals.get(kind, 0) + size
         groups[kind, each.device] = groups.get((kind, each.device), 0) + size
-    seconds = {"gpu": costs.gpu_s, "ram": costs.cpu_s}
+    seconds: dict[Device, dict[PartKind, float]] = {"gpu": costs.gpu_s, "ram": costs.cpu_s}
     return tuple(
         PlanPart(kind, device, size, seconds[device].get(kind, 0.0) * size / max(1, totals[kind]))
         for (kind, device), size in groups.items()

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from hybrid_runtime.benchmarking.bytes_touched import NeuronRows
 from hybrid_runtime.budget import MemoryNeeds, plan_memory
-from hybrid_runtime.errors import UsageError
+from hybrid_runtime.errors import BudgetError, UsageError
 from hybrid_runtime.machine import current_rss_bytes, describe_machine
 from hybrid_runtime.model.decoder import PredictorMode, choose_predictor_mode
 from hybrid_runtime.model.kv_cache import KvDtype, check_kv_dtype
-from hybrid_runtime.placement.decode_time import (
-    DecodeConditions,
-    cpu_part_seconds,
-    gpu_part_seconds,
-    layer_costs,
-    predict_decode_time,
-    token_bytes,
-)
+from hybrid_runtime.placement.costs import cpu_part_seconds, gpu_part_seconds, layer_costs
+from hybrid_runtime.placement.decode_time import DecodeConditions, predict_decode_time, token_bytes
+from hybrid_runtime.placement.parts import GPU_OVERHEAD_BYTES
 from hybrid_runtime.placement.plan import Plan, PlanRequest, TokenCosts, make_plan
-from hybrid_runtime.placement.reads import Reading, expected_reads, expected_rows, measured_gates_for_one
+from hybrid_runtime.placement.reads import (
+    Reading,
+    expected_reads,
+    expected_rows,
+    measured_gates_for_one,
+    total_rows,
+)
 from hybrid_runtime.profiling.profile import Profile
 from hybrid_runtime.profiling.profile_file import read_profile
+from hybrid_runtime.sizes import format_bytes
 from hybrid_runtime.speeds.gpu import KNOWN_GPUS, GpuSpeeds
-from hybrid_runtime.speeds.machine_speeds import MachineSpeeds, machine_speeds
+from hybrid_runtime.speeds.machine_speeds import MachineSpeeds, machine_speeds, with_disk_of
 from hybrid_runtime.store.beside import store_digest
 from hybrid_runtime.store.predictor_files import PredictorHeader
 from hybrid_runtime.store.reader import Store
@@ -41,12 +45,14 @@ Say = Callable[[str], None]
 class Planner:
     """Everything that plans for one store on one machine have in common. gpu: None plans for the CPU alone.
 
-    program_bytes: of the process without the model.
+    reads, rows: by layer, bundles that a token reads of each neuron, and rows of all. program_bytes: of the process
+    without the model.
     """
 
     store: Store
     profile: Profile
     reads: list[torch.Tensor]
+    rows: list[NeuronRows]
     speeds: MachineSpeeds
     gpu: GpuSpeeds | None
     no_gpu_reason: str
@@ -56,27 +62,58 @@ class Planner:
     program_bytes: int
 
     def plan(self, vram_bytes: int, ram_bytes: int, *, allow_disk: bool) -> tuple[Plan, list[torch.Tensor]]:
-        """Raise BudgetError, with the numbers, for budgets that cannot hold the model."""
+        """Raise BudgetError, with the numbers, for budgets that cannot hold the model.
+
+        What a run may take beyond what it is expected to stays free of neurons: a run refuses where that does not fit.
+        """
         manifest = self.store.manifest
         gpu = self.gpu if vram_bytes else None
-        time = predict_decode_time(manifest, self.speeds, self.conditions)
-        costs = TokenCosts(
-            cpu_part_seconds(time, manifest, self.speeds),
-            {} if gpu is None else gpu_part_seconds(token_bytes(manifest, self.conditions), manifest.config, gpu),
-            layer_costs(manifest, self.speeds, self.conditions, gpu),
-        )
         needs = MemoryNeeds(0, self.num_positions, self.conditions.kv_dtype)
-        memory = plan_memory(manifest.config, needs, self.program_bytes)
+        memory = replace(plan_memory(manifest.config, needs, self.program_bytes), kv_cache=0)  # a part of its own
         request = PlanRequest(
             vram_bytes if gpu is not None else 0,
             ram_bytes,
             self.num_positions,
             self.conditions.kv_dtype,
-            memory.expected - memory.kv_cache,  # that has a part of its own
+            memory.expected,
             allow_disk,
+            max(0, ram_bytes - memory.room_in(ram_bytes) - memory.expected),
         )
         name = self.no_gpu_reason if gpu is None else gpu.name
-        return make_plan(manifest, self.profile, self.reads, request, costs, name, self.predictor_bytes)
+        return make_plan(manifest, self.profile, self.reads, request, self._costs(gpu), name, self.predictor_bytes)
+
+    def _costs(self, gpu: GpuSpeeds | None) -> TokenCosts:
+        manifest, speeds, conditions = self.store.manifest, self.speeds, self.conditions
+        beside_cpu, beside_gpu = (
+            tuple(layer_costs(manifest, speeds, conditions, rows, gpu, attention_on_gpu=on_gpu) for rows in self.rows)
+            for on_gpu in (False, True)
+        )
+        return TokenCosts(
+            cpu_part_seconds(predict_decode_time(manifest, speeds, conditions)),
+            {} if gpu is None else gpu_part_seconds(token_bytes(manifest, conditions), manifest, gpu),
+            beside_cpu,
+            beside_gpu,
+            conditions.mean_length,
+        )
+
+
+def require_vram(vram_bytes: int, gpu_name: str | None, gpu_bytes: int) -> None:
+    """Raise BudgetError for more than the GPU has, where there is one, and for too little to use any."""
+    if gpu_name is not None and vram_bytes > gpu_bytes:
+        raise BudgetError(
+            f"--vram {format_bytes(vram_bytes)}: {gpu_name} has {format_bytes(gpu_bytes)}; give at most that"
+        )
+    if 0 < vram_bytes <= GPU_OVERHEAD_BYTES:
+        raise BudgetError(
+            f"--vram {format_bytes(vram_bytes)}: CUDA and buffers alone take {format_bytes(GPU_OVERHEAD_BYTES)}; give "
+            "more, or leave --vram out"
+        )
+
+
+def plan_folder_name(vram_bytes: int, ram_bytes: int, num_positions: int, *others: object) -> str:
+    """Of a plan, beside its store. others: what else it follows from, which the name tells apart by a digest."""
+    digest = hashlib.sha256(repr((vram_bytes, ram_bytes, num_positions, *others)).encode()).hexdigest()[:8]
+    return f"vram-{vram_bytes >> 20}M-ram-{ram_bytes >> 20}M-ctx-{num_positions}-{digest}"
 
 
 def make_planner(
@@ -108,21 +145,25 @@ def make_planner(
     profile = read_profile(profile_folder, config, store_digest(store))
     machine = describe_machine()
     speeds = machine_speeds(machine, store.manifest.quantization.weights, num_threads, cache_dir, say)
-    reading = Reading(_named_for_one(predictors, mode), measured_gates_for_one(store, profile_folder))
-    uses_predictor = reading.named_for_one is not None
+    speeds = with_disk_of(speeds, store.folder, cache_dir, say)
+    named_for_one = _named_for_one(predictors, mode)
+    reading = Reading(named_for_one, measured_gates_for_one(store, profile_folder), every_row=mode == "off")
     predictor_bytes = None if predictors is None else tuple(layer.num_bytes for layer in predictors.layers)
+    rows = expected_rows(profile, config, reading)
     conditions = DecodeConditions(
-        expected_rows(profile, config, reading),
-        not uses_predictor,
-        uses_predictor,
-        num_positions / 2,
-        kv_dtype,
-        None if predictor_bytes is None else sum(predictor_bytes),
+        total_rows(rows),
+        every_gate=named_for_one is None,
+        uses_predictor=named_for_one is not None,
+        mean_length=num_positions / 2,
+        kv_dtype=kv_dtype,
+        predictor_bytes=None if predictor_bytes is None else sum(predictor_bytes),
+        every_row=mode == "off",
     )
     return Planner(
         store,
         profile,
         expected_reads(profile, config, reading),
+        rows,
         speeds,
         speeds.gpu if gpu_name is None else KNOWN_GPUS[gpu_name],
         machine.no_gpu_reason or "",
@@ -131,11 +172,6 @@ def make_planner(
         num_positions,
         program_bytes,
     )
-
-
-def with_gpu(planner: Planner, gpu: GpuSpeeds) -> Planner:
-    """The same for another GPU."""
-    return replace(planner, gpu=gpu)
 
 
 def _named_for_one(predictors: PredictorHeader | None, mode: PredictorMode) -> float | None:

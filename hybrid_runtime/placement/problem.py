@@ -16,9 +16,12 @@ from hybrid_runtime.errors import BudgetError
 from hybrid_runtime.sizes import format_bytes
 
 Tier = Literal["gpu", "ram", "disk"]
-MergePoint = Literal["none", "output", "hidden"]
+MergePoint = Literal["none", "output", "hidden", "gpu"]
 
-MERGE_POINTS: Final[tuple[MergePoint, ...]] = ("none", "output", "hidden")
+MERGE_POINTS: Final[tuple[MergePoint, ...]] = ("none", "output", "hidden", "gpu")
+"""Where both sides' results meet: nowhere, since the CPU computes all neurons or (`gpu`) the GPU does; before the down
+projection (`hidden`); after it (`output`).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +41,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class LayerCosts:
-    """Seconds per active neuron, except the two syncs: seconds per token of a layer that merges there.
+    """Seconds per active neuron, except the four syncs: seconds per token of a layer that merges there.
 
     cpu_s: a whole bundle on the CPU, from RAM; cpu_without_down_s: its gate and up rows only; disk_s: what the CPU
-    waits more for a bundle on disk; gpu_s: a whole bundle on the GPU; gpu_down_s: its down row only.
+    waits more for a bundle on disk; gpu_s: a whole bundle on the GPU; gpu_down_s: its down row only. A sync has what
+    the operations cost beyond their rows, and data's way to the other side and back; none_sync_s, all_gpu_sync_s: of a
+    layer whose neurons are all on one side, which may not be the side that its attention is on.
     """
 
     cpu_s: float
@@ -51,6 +56,8 @@ class LayerCosts:
     gpu_down_s: float
     sync_s: float
     hidden_sync_s: float
+    none_sync_s: float
+    all_gpu_sync_s: float
 
     def __post_init__(self) -> None:
         """Raise ValueError for a time that no machine takes."""
@@ -124,6 +131,7 @@ class PlacementProblem:
             "none": ("ram", "disk"),
             "output": ("gpu", "ram", "disk"),
             "hidden": ("gpu", "ram"),
+            "gpu": ("gpu",),
         }
         return tuple(tier for tier in tiers[merge] if tier != "disk" or self.allow_disk)
 
@@ -158,7 +166,14 @@ def load(layer: LayerGroups, merge: MergePoint, tier: Tier) -> Load:
 
 def sync_s(layer: LayerGroups, merge: MergePoint) -> float:
     """Seconds per token that the merge adds to both sides' work."""
-    return {"none": 0.0, "output": layer.costs.sync_s, "hidden": layer.costs.hidden_sync_s}[merge]
+    costs = layer.costs
+    syncs: dict[MergePoint, float] = {
+        "none": costs.none_sync_s,
+        "output": costs.sync_s,
+        "hidden": costs.hidden_sync_s,
+        "gpu": costs.all_gpu_sync_s,
+    }
+    return syncs[merge]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ bundles of named neurons are; it names more than fire, in proportion to how ofte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +28,12 @@ MOST_LAYERS, MOST_TOKENS, MOST_NEURONS = 4, 64, 512  # that gates are computed o
 @dataclass(frozen=True, slots=True)
 class Reading:
     """named_for_one: neurons that the predictor names for one that fires; None: there is none, all gates are read.
-    gates_for_one: gates that fire for one neuron that fires, at least 1.
+    gates_for_one: gates that fire for one neuron that fires, at least 1. every_row: nothing is left out.
     """
 
     named_for_one: float | None
     gates_for_one: float
+    every_row: bool = False
 
 
 def measured_gates_for_one(store: Store, profile_folder: Path) -> float:
@@ -61,11 +63,15 @@ def expected_reads(profile: Profile, config: ModelConfig, reading: Reading) -> l
     return [torch.stack(_row_reads(profile, config, layer_idx, reading)).sum(0) / rows for layer_idx in layers]
 
 
-def expected_rows(profile: Profile, config: ModelConfig, reading: Reading) -> NeuronRows:
-    """Rows that one token reads, over all layers."""
+def expected_rows(profile: Profile, config: ModelConfig, reading: Reading) -> list[NeuronRows]:
+    """Rows that one token reads, by layer."""
     layers = range(len(profile.layers))
-    totals = [[float(rows.sum()) for rows in _row_reads(profile, config, idx, reading)] for idx in layers]
-    return NeuronRows(*(sum(kind) for kind in zip(*totals, strict=True)))
+    return [NeuronRows(*(float(rows.sum()) for rows in _row_reads(profile, config, idx, reading))) for idx in layers]
+
+
+def total_rows(rows: Sequence[NeuronRows]) -> NeuronRows:
+    """Over all layers."""
+    return NeuronRows(*(sum(getattr(each, kind) for each in rows) for kind in ("gate", "up", "down")))
 
 
 def _row_reads(
@@ -75,6 +81,8 @@ def _row_reads(
     fired = profile.expected_firings(layer_idx)
     tokens = profile.layers[layer_idx].tokens.double() / max(1, profile.num_tokens)
     routed = tokens.unsqueeze(1).expand_as(fired)
+    if reading.every_row:
+        return routed if config.activation.is_gated else torch.zeros_like(fired), routed, routed
     named = routed if reading.named_for_one is None else torch.minimum(fired * reading.named_for_one, routed)
     down = torch.minimum(fired, named)  # a strict predictor leaves some out that would fire
     if not config.activation.is_gated:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -87,6 +88,39 @@ def machine_speeds(
         speeds = replace(speeds, kernels=(*speeds.kernels, kernel))
         _write(path, speeds)
     return speeds
+
+
+def with_disk_of(speeds: MachineSpeeds, folder: Path, cache_dir: Path, say: Say) -> MachineSpeeds:
+    """The same with the speed of the disk that the folder is on, measured once where that is another than the cache's.
+
+    A folder that cannot be written to, or is full, keeps the cache's figure, and a line says so.
+    """
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    if folder.stat().st_dev == cache_dir.stat().st_dev:
+        return speeds
+    of_disk = os.statvfs(folder)
+    name = hashlib.sha256(repr((speeds.identity, of_disk.f_fsid, of_disk.f_blocks)).encode()).hexdigest()
+    path = cache_dir / f"disk-{name[:16]}.json"
+    disk = _read_disk(path)
+    if disk is None:
+        say(f"measuring the disk of {folder}, once ...")
+        try:
+            disk = measure_disk(folder)
+        except OSError as error:
+            say(f"{folder}: cannot be measured ({error.strerror}); taking the speed of {cache_dir}'s disk")
+            return speeds
+        write_whole(path, (json.dumps(asdict(disk), indent=1) + "\n").encode())
+    return replace(speeds, disk=disk)
+
+
+def _read_disk(path: Path) -> DiskSpeeds | None:
+    """None where nothing usable is."""
+    if not path.is_file():
+        return None
+    try:
+        return from_json(DiskSpeeds, parse_json_object(path.read_bytes(), str(path)), path.name)
+    except (CheckpointError, TypeError, ValueError):
+        return None
 
 
 def _write(path: Path, speeds: MachineSpeeds) -> None:

@@ -107,6 +107,8 @@ def _run(settings: Settings) -> int:
         raise UsageError("--png is the picture of --what-if; give both")
     if settings.vram and settings.what_if:
         raise UsageError("--what-if tries sizes of VRAM itself; leave --vram out")
+    if settings.output is not None and settings.what_if:
+        raise UsageError("--what-if leaves no plan; leave --output out")
     from hybrid_runtime.machine import available_ram_bytes, current_rss_bytes  # noqa: PLC0415  # imports torch
 
     planner = _planner(settings)
@@ -115,12 +117,16 @@ def _run(settings: Settings) -> int:
         say(f"no GPU to plan for ({planner.no_gpu_reason}); --gpu NAME plans for one by its data sheet")
     if settings.what_if:
         return _what_if(settings, planner, ram)
-    plan, tiers = planner.plan(settings.vram, ram, allow_disk=settings.disk)
     from hybrid_runtime.placement.plan import save_plan  # noqa: PLC0415  # imports torch
-    from hybrid_runtime.placement.planning import PLANS_FOLDER  # noqa: PLC0415
+    from hybrid_runtime.placement.planning import PLANS_FOLDER, plan_folder_name, require_vram  # noqa: PLC0415
     from hybrid_runtime.store.beside import beside  # noqa: PLC0415
 
-    name = f"vram-{plan.vram_bytes >> 20}M-ram-{plan.ram_bytes >> 20}M-ctx-{plan.num_positions}"
+    if planner.gpu is not None:
+        require_vram(settings.vram, planner.gpu.name, planner.gpu.memory_bytes)
+    plan, tiers = planner.plan(settings.vram, ram, allow_disk=settings.disk)
+    name = plan_folder_name(
+        plan.vram_bytes, plan.ram_bytes, plan.num_positions, plan.kv_dtype, plan.gpu, settings.disk, planner.conditions
+    )
     folder = settings.output or beside(planner.store, _cache_dir(settings)) / PLANS_FOLDER / name
     save_plan(folder, plan, tiers)
     if settings.as_json:
@@ -190,7 +196,10 @@ def _lines(plan: Plan) -> Iterator[str]:
 
     yield f"{plan.model}: {plan.tokens_per_s:.2f} tokens/s predicted, {1e3 * plan.total_s:.2f} ms a token"
     gpu = plan.gpu if plan.vram_bytes else "none"
-    yield f"GPU: {gpu}; context {plan.num_positions} tokens, keys and values in {plan.kv_dtype}"
+    yield (
+        f"GPU: {gpu}; context {plan.num_positions} tokens, of which a token looks back on {plan.mean_length:.0f}; "
+        f"keys and values in {plan.kv_dtype}"
+    )
     yield ""
     yield "device         total          used          free"
     disk = f"disk                    {format_bytes(plan.disk_used_bytes):>14}"
@@ -204,7 +213,11 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield "part         where         bytes  ms a token"
     for part in plan.parts:
         yield f"{part.kind:12} {part.device:4} {format_bytes(part.num_bytes):>14} {1e3 * part.seconds:11.3f}"
-    yield f"{'neurons':12}                     {1e3 * plan.neurons_s:11.3f}"
+    seconds = f"{1e3 * plan.neurons_s:11.3f}"  # of all tiers, since some work at the same time
+    for tier, num_bytes in plan.neuron_bytes.items():
+        if num_bytes:
+            yield f"{'neurons':12} {tier:4} {format_bytes(num_bytes):>14} {seconds}"
+            seconds = ""
     yield ""
     yield "layer  merge       gpu      ram     disk   CPU ms   GPU ms  sync ms"
     for layer in plan.layers:
@@ -213,15 +226,19 @@ def _lines(plan: Plan) -> Iterator[str]:
             f"{1e3 * layer.cpu_s:8.3f} {1e3 * layer.gpu_s:8.3f} {1e3 * layer.sync_s:8.3f}"
         )
     yield ""
-    greedy = "found none" if plan.greedy_s is None else f"{1e3 * plan.greedy_s:.3f} ms"
+    greedy = "found none"
+    if plan.greedy_s is not None:
+        more = plan.greedy_s / plan.neurons_s - 1 if plan.neurons_s else 0.0
+        greedy = f"{1e3 * plan.greedy_s:.3f} ms, {100 * more:.2f} % more"
     yield (
-        f"solved in {plan.solve_s:.2f} s ({plan.solver}): neurons {1e3 * plan.neurons_s:.3f} ms, at most "
-        f"{100 * plan.gap:.2f} % above the best there can be; greedy: {greedy}"
+        f"solved in {plan.solve_s:.2f} s ({plan.solver}): neurons {1e3 * plan.neurons_s:.3f} ms, of which a better "
+        f"placement would save at most {100 * plan.gap:.2f} %; greedy: {greedy}"
     )
 
 
 def _what_if(settings: Settings, planner: Planner, ram: int) -> int:
     rows: list[dict[str, float | None]] = []
+    last_error: BudgetError | None = None
     if not settings.as_json:
         click.echo("VRAM, GiB  tokens/s  ms a token  neurons in VRAM, %  on disk, %")
     for gib in WHAT_IF_GIB if planner.gpu is not None else WHAT_IF_GIB[:1]:
@@ -229,6 +246,7 @@ def _what_if(settings: Settings, planner: Planner, ram: int) -> int:
             plan, _ = planner.plan(gib << 30, ram, allow_disk=settings.disk)
         except BudgetError as error:
             say(f"{gib} GiB: {error}")
+            last_error = error
             rows.append({"vram_gib": gib, "tokens_per_s": None})
             continue
         total = sum(layer.gpu_neurons + layer.ram_neurons + layer.disk_neurons for layer in plan.layers)
@@ -239,6 +257,8 @@ def _what_if(settings: Settings, planner: Planner, ram: int) -> int:
             click.echo(f"{gib:9}  {plan.tokens_per_s:8.2f}  {1e3 * plan.total_s:10.2f}  {hot:18.1f}  {on_disk:10.1f}")
     if settings.as_json:
         click.echo(json.dumps({"model": planner.store.manifest.model, "rows": rows}))
+    if last_error is not None and all(row["tokens_per_s"] is None for row in rows):
+        raise BudgetError(f"none of these sizes is enough; the last: {last_error}")
     if settings.png is not None:
         _draw(settings.png, planner, rows)
     return 0

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -95,7 +97,7 @@ def test_it_profiles_and_plans_once(run, calls, store, name):
     assert "planned: " in err
     assert f"hybrid-profile {folder} --text FILE" in err
     (plan,) = plans(folder)
-    assert plan.name == "run-vram-8192M-ram-4096M-ctx-64"
+    assert re.fullmatch(r"run-vram-8192M-ram-4096M-ctx-64-[0-9a-f]{8}", plan.name)
     assert sorted(path.name for path in plan.iterdir()) == [PLAN, TIERS]
     assert (folder / "profile" / PROFILE).is_file()
     code, second, err = run(folder, *VRAM)
@@ -112,9 +114,36 @@ def test_another_budget_or_cache_is_another_plan_of_the_same_profile(run, calls,
         ("--vram", "4G", "--ram", "4G"),
         ("--vram", "8G", "--ram", "3G"),
         (*VRAM, "--kv-cache", "f16"),
+        (*VRAM, "--predictor", "off"),
     ):
         assert run(folder, *options)[0] == 0
+        assert run(folder, *options)[0] == 0
+    assert calls == ["profile", *["plan"] * 5]
+    assert len(plans(folder)) == 5
+
+
+def test_another_gpu_is_another_plan(run, calls, store, monkeypatch):
+    folder = store("dense")
+    assert run(folder, *VRAM)[0] == 0
+    machine = offline.describe_machine()
+    for name, vram in (("some", 8 << 30), ("some", 16 << 30), ("another", 16 << 30)):
+        monkeypatch.setattr(
+            offline, "describe_machine", lambda n=name, v=vram: replace(machine, gpu_name=n, vram_bytes=v)
+        )
+        assert run(folder, *VRAM)[0] == 0
     assert calls == ["profile", *["plan"] * 4]
+    code, _, err = run(folder, "--vram", "17G", "--ram", "4G")
+    assert code == 2
+    assert "--vram 17.00 GiB: another has 16.00 GiB; give at most that" in err
+
+
+def test_a_profile_that_would_break_the_promise_is_left_out(run, calls, store, monkeypatch):
+    monkeypatch.setattr(offline, "profiling_bytes", lambda *_: 8 << 30)
+    code, answer, err = run(store("dense"), *VRAM)
+    assert code == 0, err
+    assert answer["text"]
+    assert calls == []
+    assert re.search(r"no plan for --vram: profiling takes 8\.\d+ GiB, more than --ram; run hybrid-profile", err)
 
 
 def test_a_new_profile_is_planned_with(run, calls, store, tmp_path):

@@ -16,6 +16,8 @@ COSTS = LayerCosts(
     gpu_down_s=5e-9,
     sync_s=40e-6,
     hidden_sync_s=50e-6,
+    none_sync_s=8e-6,
+    all_gpu_sync_s=12e-6,
 )
 
 
@@ -46,14 +48,17 @@ def random_layer(rng, layer_idx, num_groups):
     if rng.random() < 0.3:
         groups[-1] = groups[0]
     cpu_s, bundle_bytes = rng.uniform(0.5, 2), int(rng.integers(3, 30))
+    sync_s = float(rng.choice([0.0, rng.uniform(0, 3)]))
     costs = LayerCosts(
         cpu_s=cpu_s,
         cpu_without_down_s=cpu_s * rng.uniform(0.1, 1),
         disk_s=rng.uniform(0, 5),
         gpu_s=float(rng.choice([0.0, rng.uniform(0, 0.2), rng.uniform(0, 3)])),
         gpu_down_s=float(rng.choice([0.0, rng.uniform(0, 0.1), rng.uniform(0, 1)])),
-        sync_s=float(rng.choice([0.0, rng.uniform(0, 3)])),
+        sync_s=sync_s,
         hidden_sync_s=float(rng.choice([0.0, rng.uniform(0, 3)])),
+        none_sync_s=sync_s * float(rng.choice([0.0, rng.random()])),  # as much as where both sides work, or less
+        all_gpu_sync_s=sync_s * float(rng.choice([0.0, rng.random()])),
     )
     return layer_of(groups, layer_idx, bundle_bytes, int(rng.integers(1, bundle_bytes)), costs)
 
@@ -82,7 +87,9 @@ def layer_choices(problem, layer):
         cpu_s = (active["ram"] + active["disk"]) * costs.cpu_s + active["disk"] * costs.disk_s
         gpu_s = active["gpu"] * costs.gpu_s
         if not neurons["gpu"]:
-            yield cpu_s, gpu_bytes, ram_bytes
+            yield cpu_s + costs.none_sync_s, gpu_bytes, ram_bytes
+        if neurons["gpu"] == layer.num_neurons >= problem.min_hot:
+            yield gpu_s + costs.all_gpu_sync_s, gpu_bytes, ram_bytes
         if neurons["gpu"] >= problem.min_hot:
             yield max(cpu_s, gpu_s) + costs.sync_s, gpu_bytes, ram_bytes
             if not neurons["disk"]:

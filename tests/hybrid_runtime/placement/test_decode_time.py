@@ -5,18 +5,13 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from hybrid_kernels.activation import Activation
 from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_runtime.benchmarking.bytes_touched import NeuronRows
 from hybrid_runtime.model.decoder import Decoder
 from hybrid_runtime.model.kv_cache import KvCache
 from hybrid_runtime.placement.decode_time import (
     CACHED_SHARE,
-    NEURON_OPERATIONS,
     _operations,
-    cpu_part_seconds,
-    gpu_part_seconds,
-    layer_costs,
     predict_decode_time,
     token_bytes,
 )
@@ -24,7 +19,6 @@ from hybrid_runtime.placement.decode_time import (
 from ..model import published_models as models  # noqa: TID252  # absolute names are the runtime's
 from ..model.tiny_models import load, write_folder  # noqa: TID252
 from .made_up import (
-    GPU,
     Q4,
     Q8,
     conditions_of,
@@ -138,56 +132,9 @@ def test_predictors_beside_the_store_are_read_too():
     assert seconds(DENSE, beside, **ONLY_BYTES, dense_bytes_per_s=10e9).predictor == pytest.approx(1e-5)
 
 
-@pytest.mark.parametrize(("manifest", "conditions"), [(DENSE, conditions_of()), (MIXTURE, PREDICTED)])
-def test_parts_and_bundles_come_to_the_prediction(manifest, conditions):
-    speeds = speeds_of()
-    time = predict_decode_time(manifest, speeds, conditions)
-    assert time.total_s == pytest.approx(sum(asdict(time).values()))
-    costs = layer_costs(manifest, speeds, conditions, None)
-    bundles = sum(asdict(conditions.rows).values()) / 3
-    total = sum(cpu_part_seconds(time, manifest, speeds).values()) + bundles * costs.cpu_s
-    assert total == pytest.approx(time.total_s)
-
-
-def test_costs_without_a_gpu_have_none():
-    speeds = speeds_of()
-    costs = layer_costs(DENSE, speeds, PREDICTED, None)
-    bundle = 3 * Q4.row_bytes(64)
-    assert costs.cpu_s == pytest.approx(bundle / 8e9 + 3 * 8e-9)
-    assert costs.cpu_without_down_s == pytest.approx(costs.cpu_s * 2 / 3)
-    assert costs.disk_s == pytest.approx(1 / 50_000)  # a page holds it
-    assert costs.gpu_s == costs.gpu_down_s == costs.sync_s == costs.hidden_sync_s == 0
-    nothing = layer_costs(DENSE, speeds, replace(PREDICTED, rows=NeuronRows(0, 0, 0)), None)
-    assert asdict(nothing) == pytest.approx(asdict(costs))
-
-
-def test_costs_with_a_gpu():
-    speeds, row = speeds_of(), Q4.row_bytes(64)
-    cpu, costs = (layer_costs(DENSE, speeds, PREDICTED, gpu) for gpu in (None, GPU))
-    assert (costs.cpu_s, costs.disk_s) == (cpu.cpu_s, cpu.disk_s)
-    assert costs.cpu_without_down_s == pytest.approx(cpu.cpu_without_down_s + 8 / 20e9)
-    assert costs.gpu_s == pytest.approx(3 * row / 400e9)
-    assert costs.gpu_down_s == pytest.approx(row / 400e9)
-    assert costs.sync_s == pytest.approx(10e-6 + 3 * 2e-6 + 2 * 64 * 4 / 20e9)
-    assert costs.hidden_sync_s == pytest.approx(costs.sync_s - 64 * 4 / 20e9)
-    ungated = manifest_of(config_of(activation=Activation("relu")))
-    costs = layer_costs(ungated, speeds, PREDICTED, GPU)
-    assert costs.gpu_s == pytest.approx(2 * row / 400e9)
-    assert costs.cpu_without_down_s == pytest.approx(costs.cpu_s / 2 + 8 / 20e9)
-
-
-def test_large_bundles_are_read_from_disk_at_its_speed():
-    large = manifest_of(config_of(hidden_size=8192, num_attention_heads=64, head_dim=128))
-    costs = layer_costs(large, speeds_of(), PREDICTED, None)
-    bundle = 3 * Q4.row_bytes(8192)
-    assert costs.disk_s == pytest.approx(max(-(-bundle // 4096) / 50_000, bundle / 1e9))
-
-
-def test_parts_on_the_gpu_cost_their_bytes_and_launches():
-    touched = token_bytes(MIXTURE, PREDICTED)
-    fast = gpu_part_seconds(touched, MIXTURE.config, replace(GPU, launch_s=0.0))
-    assert set(fast) == {"attention", "KV cache", "head", "predictors"}
-    assert sum(fast.values()) == pytest.approx((touched.total - touched.neurons - touched.embedding) / 400e9)
-    with_launches = gpu_part_seconds(touched, MIXTURE.config, GPU)
-    assert sum(with_launches.values()) - sum(fast.values()) == pytest.approx((2 * 3 * 3 + 1) * 2e-6)
-    assert NEURON_OPERATIONS == 2
+def test_all_rows_are_read_as_fast_as_any_that_lie_side_by_side():
+    rows, row = NeuronRows(100, 100, 100), Q4.row_bytes(64)
+    only = ONLY_BYTES | {"cached_bytes_per_s": 1e30, "dense_bytes_per_s": 30e9, "sparse_bytes_per_s": 10e9}
+    conditions = conditions_of(rows, every_row=True)
+    assert seconds(DENSE, conditions, **only).neurons == pytest.approx(300 * row / 30e9)
+    assert seconds(DENSE, conditions, **(only | {"dense_row_s": 1e-6})).neurons == pytest.approx(300e-6)

@@ -9,8 +9,8 @@ import pytest
 from hybrid_runtime.errors import BudgetError
 from hybrid_runtime.placement.exact import place_exactly
 from hybrid_runtime.placement.greedy import place_greedily
-from hybrid_runtime.placement.grouping import group_layers
-from hybrid_runtime.placement.problem import LayerGroups, PlacementProblem, place_layer, violations
+from hybrid_runtime.placement.grouping import group_neurons
+from hybrid_runtime.placement.problem import MERGE_POINTS, LayerGroups, PlacementProblem, place_layer, violations
 
 from .instances import COSTS, best_objective_s, layer_of, random_problem
 
@@ -57,7 +57,7 @@ def test_random_problems_cover_every_kind_of_answer():
     solutions = [solve_or_refuse(random_problem(seed)) for seed in range(100)]
     layers = [layer for solution in solutions if solution is not None for layer in solution.placement.layers]
     merges, tiers = {layer.merge for layer in layers}, {tier for layer in layers for tier in layer.tiers}
-    assert merges == {"none", "output", "hidden"}
+    assert merges == set(MERGE_POINTS)
     assert tiers == {"gpu", "ram", "disk"}
     assert 3 < solutions.count(None) < 50
 
@@ -205,8 +205,8 @@ def test_every_layer_gets_its_own_hot_neurons():
     for layer_idx in sorted(range(num_layers), key=str):
         firings[layer_idx] = np.full((2, num_neurons // 2), 0.01)
         firings[layer_idx].flat[list(hot[layer_idx])] = 0.9
-    grouped = group_layers(firings, num_groups=1000)
-    costs = replace(COSTS, sync_s=0.0, hidden_sync_s=1.0)
+    grouped = {layer_idx: group_neurons(firings[layer_idx], num_groups=1000) for layer_idx in sorted(firings)}
+    costs = replace(COSTS, sync_s=0.0, hidden_sync_s=1.0, none_sync_s=0.0)
     layers = tuple(LayerGroups(layer_idx, each.groups, 6912, 2304, costs) for layer_idx, each in grouped.items())
     problem = PlacementProblem(layers, num_layers * num_hot * 6912, ram_bytes=10**9, allow_disk=False)
     placement = solve(problem).placement
@@ -215,8 +215,8 @@ def test_every_layer_gets_its_own_hot_neurons():
         found = set()
         for group_idx, tier in enumerate(layer.tiers):
             if tier == "gpu":
-                expert_idx, neuron_idx = grouped[layer.layer_idx].members(group_idx)
-                found |= set((expert_idx * (num_neurons // 2) + neuron_idx).tolist())
+                of_layer = grouped[layer.layer_idx]
+                found |= set(of_layer.order[of_layer.bounds[group_idx] : of_layer.bounds[group_idx + 1]].tolist())
         assert found == hot[layer.layer_idx]
 
 

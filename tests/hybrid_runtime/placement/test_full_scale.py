@@ -23,12 +23,12 @@ def firings(seed):
 layers = {layer_idx: firings(layer_idx) for layer_idx in range(32)}
 start = time.perf_counter()
 from hybrid_runtime.placement.exact import place_exactly
-from hybrid_runtime.placement.grouping import group_layers
+from hybrid_runtime.placement.grouping import group_neurons
 from hybrid_runtime.placement.problem import LayerCosts, LayerGroups, PlacementProblem, violations
 
 costs = LayerCosts(cpu_s=0.35e-6, cpu_without_down_s=0.23e-6, disk_s=3.5e-6, gpu_s=14e-9, gpu_down_s=5e-9,
-                   sync_s=40e-6, hidden_sync_s=50e-6)
-grouped = group_layers(layers)
+                   sync_s=40e-6, hidden_sync_s=50e-6, none_sync_s=8e-6, all_gpu_sync_s=12e-6)
+grouped = {layer_idx: group_neurons(each) for layer_idx, each in layers.items()}
 problem = PlacementProblem(tuple(LayerGroups(i, each.groups, 6912, 2304, costs) for i, each in grouped.items()),
                            gpu_bytes=6 * 10**9, ram_bytes=12 * 10**9, allow_disk=True)
 solution = place_exactly(problem)

@@ -11,6 +11,7 @@ from hybrid_runtime.placement.parts import (
     Part,
     PlacedPart,
     bytes_on,
+    layers_on_gpu,
     model_parts,
     place_parts,
 )
@@ -53,7 +54,6 @@ def test_every_byte_but_the_bundles_counts_once(name):
     assert sum(part.num_bytes for part in predictors) == sum(
         entry.num_bytes for entry in entries if ".predictor." in entry.name
     )
-    assert all(part.read_share == (0.5 if config.num_experts else 1) for part in predictors)
 
 
 def test_layers_first_then_the_head_then_predictors_then_the_embedding():
@@ -78,31 +78,47 @@ def test_a_tied_embedding_is_the_head():
     norm = 64 * 4
     assert untied["embedding"].num_bytes == 256 * row
     assert untied["head"].num_bytes == tied["head"].num_bytes == 256 * row + norm
-    assert untied["embedding"].read_share == 1 / 256
     assert "embedding" not in tied
     learned = {part.kind: part for part in parts_of(MODELS["opt"])}
     assert learned["embedding"].num_bytes == (256 + 2) * row  # of positions, of which a token reads one as well
 
 
 def test_vram_is_filled_in_order_and_nothing_overtakes():
+    """A layer's attention and its cache are one thing: 12 of these, the head, 12 predictors."""
     parts = parts_of(replace(TWELVE, predictor_input="post_norm"))
     wanted = [part for part in parts if part.kind != "embedding"]
-    for count in range(len(wanted) + 1):
+    for count in (*range(0, 25, 2), *range(25, len(wanted) + 1)):
         needed = GPU_OVERHEAD_BYTES + sum(part.num_bytes for part in wanted[:count])
         for spare in (0, 1):
             placed, left = place_parts(parts, needed + spare)
             assert [each.part for each in placed] == parts
             assert [each.device for each in placed] == ["gpu"] * count + ["ram"] * (len(parts) - count)
             assert left == (spare if count == len(wanted) else 0)
+            assert layers_on_gpu(placed) == set(range(min(count // 2, 12)))
             assert bytes_on(placed, "gpu") == needed - GPU_OVERHEAD_BYTES
             assert bytes_on(placed, "gpu") + bytes_on(placed, "ram") == sum(part.num_bytes for part in parts)
 
 
 def test_a_small_part_does_not_overtake_a_large_one():
-    parts = [Part("attention", 0, 10), Part("KV cache", 0, 50), Part("attention", 1, 10), Part("embedding", None, 5)]
-    placed, left = place_parts(parts, GPU_OVERHEAD_BYTES + 30)
-    assert [each.device for each in placed] == ["gpu", "ram", "ram", "ram"]
+    parts = [
+        Part("attention", 0, 10),
+        Part("KV cache", 0, 10),
+        Part("attention", 1, 10),
+        Part("KV cache", 1, 50),
+        Part("head", None, 5),
+        Part("embedding", None, 5),
+    ]
+    placed, left = place_parts(parts, GPU_OVERHEAD_BYTES + 69)
+    assert [each.device for each in placed] == ["gpu", "gpu", "ram", "ram", "ram", "ram"]
     assert left == 0
+
+
+def test_only_the_kinds_that_are_asked_for_go_to_the_gpu():
+    parts = parts_of(MODELS["dense-predictors"])
+    placed, left = place_parts(parts, 8 << 30, ["head", "predictors"])
+    assert {each.part.kind for each in placed if each.device == "gpu"} == {"head", "predictors"}
+    assert left == (8 << 30) - GPU_OVERHEAD_BYTES - bytes_on(placed, "gpu")
+    assert place_parts(parts, 8 << 30, ())[1] == (8 << 30) - GPU_OVERHEAD_BYTES
 
 
 @pytest.mark.parametrize("vram_bytes", [0, 1, GPU_OVERHEAD_BYTES - 1, GPU_OVERHEAD_BYTES])

@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from hybrid_runtime.benchmarking.bytes_touched import NeuronRows
 from hybrid_runtime.errors import BudgetError, CheckpointError
-from hybrid_runtime.placement.decode_time import layer_costs
+from hybrid_runtime.placement.costs import layer_costs
 from hybrid_runtime.placement.parts import GPU_OVERHEAD_BYTES, model_parts
 from hybrid_runtime.placement.plan import (
     PLAN,
@@ -41,7 +42,11 @@ CPU_S = {"embedding": 1e-6, "attention": 30e-6, "KV cache": 6e-6, "head": 8e-6, 
 GPU_S = {"attention": 3e-6, "KV cache": 1e-6, "head": 2e-6, "predictors": 1e-6}
 # a GPU that is worth its merge even for 96 neurons
 COSTS = replace(
-    layer_costs(manifest_of(config_of()), speeds_of(), conditions_of(), GPU), sync_s=1e-7, hidden_sync_s=1e-7
+    layer_costs(manifest_of(config_of()), speeds_of(), conditions_of(), NeuronRows(100, 20, 20), GPU),
+    sync_s=1e-7,
+    hidden_sync_s=1e-7,
+    none_sync_s=0.0,
+    all_gpu_sync_s=1e-7,
 )
 MODELS = {
     "dense": config_of(),
@@ -55,10 +60,12 @@ def request_of(vram_bytes=0, ram_bytes=1 << 30, *, allow_disk=True):
     return PlanRequest(vram_bytes, ram_bytes, NUM_POSITIONS, "f16", PROGRAM_BYTES, allow_disk)
 
 
-def planned(config, request, shares=None, costs=COSTS):
+def planned(config, request, shares=None, beside_gpu=COSTS, gpu_s=GPU_S):
     profile = profile_of(config, shares)
     reads = expected_reads(profile, config, Reading(None, 1.0))
-    return make_plan(manifest_of(config), profile, reads, request, TokenCosts(CPU_S, GPU_S, costs), GPU.name, None)
+    layers = config.num_hidden_layers
+    costs = TokenCosts(CPU_S, gpu_s, (COSTS,) * layers, (beside_gpu,) * layers, NUM_POSITIONS / 2)
+    return make_plan(manifest_of(config), profile, reads, request, costs, GPU.name, None)
 
 
 def dense_bytes(config):
@@ -126,6 +133,41 @@ def test_seconds_add_up():
     rest = sum(part.seconds for part in on_gpu.parts)
     assert rest == pytest.approx(sum(GPU_S.values()) - GPU_S["predictors"] + CPU_S["embedding"])
     assert on_gpu.total_s < on_cpu.total_s
+
+
+def test_parts_stay_where_they_are_quicker():
+    """All three ways to share VRAM are tried: a GPU that is slower at everything but neurons gets neurons alone."""
+    config, slow = MODELS["predictors"], dict.fromkeys(GPU_S, 1.0)
+    plan, _ = planned(config, request_of(8 << 30), gpu_s=slow)
+    assert {part.device for part in plan.parts} == {"ram"}
+    assert sum(layer.gpu_neurons for layer in plan.layers) > 0
+    plan, _ = planned(config, request_of(8 << 30), gpu_s=GPU_S | {"head": 1.0})
+    assert {part.kind for part in plan.parts if part.device == "ram"} == {"head", "embedding"}
+    _, embedding = dense_bytes(config)  # RAM that has no room for what is quicker there
+    plan, _ = planned(config, request_of(8 << 30, PROGRAM_BYTES + embedding), gpu_s=slow)
+    assert {part.kind for part in plan.parts if part.device == "ram"} == {"embedding"}
+
+
+def test_attention_stays_with_the_neurons_where_crossing_costs_more_than_it_gains():
+    config = MODELS["dense"]
+    total, embedding = dense_bytes(config)
+    vram = request_of(GPU_OVERHEAD_BYTES + total - embedding)  # no neuron fits beside the rest
+    assert {part.device for part in planned(config, vram)[0].parts if part.kind == "attention"} == {"gpu"}
+    dear = replace(COSTS, none_sync_s=1e-3, sync_s=1e-3, hidden_sync_s=1e-3)
+    plan, _ = planned(config, vram, beside_gpu=dear)
+    assert {part.device for part in plan.parts} == {"ram"}
+    assert plan.total_s < 1e-3
+
+
+def test_a_reserve_stays_free():
+    config = MODELS["dense"]
+    request = request_of(0, PROGRAM_BYTES + dense_bytes(config)[0] + neuron_bytes(config) * 2)
+    plan, _ = planned(config, request)
+    reserved = neuron_bytes(config)
+    kept, _ = planned(config, replace(request, reserved_bytes=reserved))
+    assert kept.ram_used_bytes <= request.ram_bytes - reserved < plan.ram_used_bytes
+    with pytest.raises(BudgetError, match=r"which is 1 bytes more"):
+        planned(config, replace(request, reserved_bytes=2 * reserved + 1))
 
 
 def test_neurons_that_fire_most_get_the_gpu():
@@ -214,8 +256,8 @@ def layers_swapped(folder):
         (lambda folder: (folder / PLAN).unlink(), r"has no plan\.json"),
         (lambda folder: (folder / PLAN).write_bytes(b"\xff"), r"plan\.json is not UTF-8"),
         (lambda folder: (folder / PLAN).write_text("[]"), r"plan\.json is a JSON list"),
-        (edited(format="x"), r"plan\.json: is 'x' version 1, expected 'hybrid-runtime plan' version 1"),
-        (edited(version=2), "version 2, expected"),
+        (edited(format="x"), r"plan\.json: is 'x' version 2, expected 'hybrid-runtime plan' version 2"),
+        (edited(version=1), "version 1, expected"),
         (edited(gap="none"), r"plan\.json\.gap is 'none', expected float"),
         (edited(more=1), r"has unknown \['more'\]"),
         (without_a_layer, r"plan\.json: has layers \[0, 1\], expected 0 to 2"),

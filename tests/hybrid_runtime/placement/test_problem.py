@@ -18,7 +18,7 @@ from hybrid_runtime.placement.problem import (
 
 from .instances import COSTS, layer_of
 
-UNITS = LayerCosts(cpu_s=10, cpu_without_down_s=7, disk_s=100, gpu_s=2, gpu_down_s=1, sync_s=0.5, hidden_sync_s=0.25)
+UNITS = LayerCosts(10, 7, 100, 2, 1, sync_s=0.5, hidden_sync_s=0.25, none_sync_s=0.125, all_gpu_sync_s=0.0625)
 LAYER = layer_of([(4, 2.0), (8, 3.0), (16, 1.0)], bundle_bytes=10, down_bytes=3, costs=UNITS)
 PROBLEM = PlacementProblem((LAYER,), gpu_bytes=136, ram_bytes=240, allow_disk=True)
 
@@ -26,13 +26,14 @@ PROBLEM = PlacementProblem((LAYER,), gpu_bytes=136, ram_bytes=240, allow_disk=Tr
 @pytest.mark.parametrize(
     ("merge", "tiers", "cpu_s", "gpu_s", "sync_s", "gpu_bytes", "ram_bytes", "disk_bytes"),
     [
-        ("none", ("ram", "ram", "disk"), 20 + 30 + 110, 0, 0, 0, 120, 160),
+        ("none", ("ram", "ram", "disk"), 20 + 30 + 110, 0, 0.125, 0, 120, 160),
+        ("gpu", ("gpu", "gpu", "gpu"), 0, 12, 0.0625, 280, 0, 0),
         ("output", ("gpu", "ram", "disk"), 30 + 110, 4, 0.5, 40, 80, 160),
         ("output", ("gpu", "gpu", "gpu"), 0, 12, 0.5, 280, 0, 0),
         ("hidden", ("gpu", "ram", "ram"), 21 + 7, 4 + 3 + 1, 0.25, 40 + 24 + 48, 240, 0),
         ("hidden", ("ram", "ram", "ram"), 42, 6, 0.25, 84, 280, 0),
     ],
-    ids=["none", "output", "output-all-hot", "hidden", "hidden-all-cold"],
+    ids=["none", "gpu", "output", "output-all-hot", "hidden", "hidden-all-cold"],
 )
 def test_layer_costs_what_its_tiers_cost(merge, tiers, cpu_s, gpu_s, sync_s, gpu_bytes, ram_bytes, disk_bytes):
     placed = place_layer(LAYER, merge, tiers)
@@ -55,6 +56,8 @@ def test_placement_adds_up_its_layers():
         ({"gpu_bytes": 119}, "output", ("gpu", "gpu", "disk"), ["120 bytes in VRAM, 119 available"]),
         ({"ram_bytes": 159}, "output", ("gpu", "disk", "ram"), ["160 bytes in RAM, 159 available"]),
         ({}, "none", ("gpu", "ram", "ram"), ["layer 0 merges at none, which allows no group in tier gpu"]),
+        ({"gpu_bytes": 280}, "gpu", ("gpu", "gpu", "gpu"), []),
+        ({}, "gpu", ("gpu", "gpu", "ram"), ["layer 0 merges at gpu, which allows no group in tier ram"]),
         ({}, "hidden", ("gpu", "ram", "disk"), ["layer 0 merges at hidden, which allows no group in tier disk"]),
         (
             {"allow_disk": False},
@@ -70,7 +73,18 @@ def test_placement_adds_up_its_layers():
         ),
         ({"min_hot": 5}, "none", ("ram", "ram", "disk"), []),
     ],
-    ids=["sound", "vram", "ram", "hot-unmerged", "hidden-disk", "no-disk", "few-hot", "none-hot"],
+    ids=[
+        "sound",
+        "vram",
+        "ram",
+        "hot-unmerged",
+        "all-hot",
+        "cold-unmerged",
+        "hidden-disk",
+        "no-disk",
+        "few-hot",
+        "none-hot",
+    ],
 )
 def test_broken_rules_are_named(changes, merge, tiers, expected):
     assert violations(replace(PROBLEM, **changes), Placement((place_layer(LAYER, merge, tiers),))) == expected

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hybrid_kernels.activation import Activation
-from hybrid_runtime.placement.reads import Reading, expected_reads, expected_rows
+from hybrid_runtime.placement.reads import Reading, expected_reads, expected_rows, total_rows
 from hybrid_runtime.profiling.profile import LayerCounts, Profile, TextDigest
 
 from .made_up import DIGEST, config_of, mixture_of
@@ -30,7 +30,7 @@ def check(profile, config, reading, reads, rows):
     (found,) = expected_reads(profile, config, reading)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, torch.tensor(reads, dtype=torch.float64))
-    totals = expected_rows(profile, config, reading)
+    totals = total_rows(expected_rows(profile, config, reading))
     assert (totals.gate, totals.up, totals.down) == pytest.approx(rows)
 
 
@@ -54,6 +54,20 @@ def test_a_predictor_spares_the_gates_of_neurons_that_it_does_not_name():
 def test_what_a_predictor_does_not_name_is_not_read_though_it_would_fire():
     reads = [[0.25, 0.1, 0.05, 0]]
     check(FOUR, DENSE, Reading(0.5, 1.0), reads, (0.4, 0.4, 0.4))
+
+
+def test_all_rows_of_the_experts_that_tokens_go_to_are_read_where_nothing_is_left_out():
+    check(FOUR, DENSE, Reading(None, 3.0, every_row=True), [[1.0] * 4], (4, 4, 4))
+    check(TWO, MIXTURE, Reading(2.0, 1.0, every_row=True), [[0.8, 0.8], [0.2, 0.2]], (2, 2, 2))
+    config = config_of(intermediate_size=4, num_hidden_layers=1, activation=Activation("relu"))
+    check(FOUR, config, Reading(None, 1.0, every_row=True), [[1.0] * 4], (0, 4, 4))
+
+
+def test_rows_come_by_layer():
+    two = Profile(FOUR.model, DIGEST, FOUR.texts, 8, FOUR.watched, FOUR.layers * 2, FOUR.held_out)
+    rows = expected_rows(two, config_of(intermediate_size=4, num_hidden_layers=2), Reading(None, 1.0))
+    assert [each.gate for each in rows] == [4, 4]
+    assert total_rows(rows).gate == 8
 
 
 def test_without_a_gate_all_up_rows_are_read():

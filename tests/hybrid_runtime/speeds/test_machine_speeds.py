@@ -12,8 +12,9 @@ import pytest
 from hybrid_runtime.errors import BudgetError
 from hybrid_runtime.machine import Machine
 from hybrid_runtime.speeds import machine_speeds as module
+from hybrid_runtime.speeds.disk import DiskSpeeds
 from hybrid_runtime.speeds.kernel_speeds import KernelSpeeds, measure_kernel_speeds
-from hybrid_runtime.speeds.machine_speeds import machine_speeds
+from hybrid_runtime.speeds.machine_speeds import machine_speeds, with_disk_of
 
 from ..placement.made_up import GPU, Q4, Q8, kernel_of, speeds_of  # noqa: TID252  # absolute names are the runtime's
 
@@ -177,6 +178,39 @@ def test_files_are_what_was_measured(measured, ask):
     speeds = ask()
     (file,) = ask.files()
     assert json.loads(file.read_text()) == json.loads(json.dumps(asdict(speeds)))
+
+
+def test_a_store_on_another_disk_has_its_own_speed(monkeypatch, tmp_path):
+    store, cache, said = tmp_path / "store", tmp_path / "cache", []
+    store.mkdir()
+    found, measured = DiskSpeeds(7.0, 8.0, past_cache=True), []
+    monkeypatch.setattr(module, "measure_disk", lambda folder: measured.append(folder) or found)
+    speeds = speeds_of()
+    assert with_disk_of(speeds, store, cache, said.append) is speeds  # one disk holds both
+    stat = type(store).stat
+
+    def other_device(path, **options):
+        values = list(stat(path, **options))
+        values[2] += path == store
+        return os.stat_result(values)
+
+    monkeypatch.setattr(type(store), "stat", other_device)
+    for _ in range(2):
+        assert with_disk_of(speeds, store, cache, said.append) == replace(speeds, disk=found)
+    assert measured == [store]
+    assert said == [f"measuring the disk of {store}, once ..."]
+    (file,) = cache.iterdir()
+    file.write_text("{")
+    assert with_disk_of(speeds, store, cache, said.append).disk == found
+    assert measured == [store, store]
+    file.unlink()
+
+    def full(_folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "measure_disk", full)
+    assert with_disk_of(speeds, store, cache, said.append) is speeds
+    assert said[-1] == f"{store}: cannot be measured (No space left on device); taking the speed of {cache}'s disk"
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
