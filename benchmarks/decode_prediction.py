@@ -2,7 +2,8 @@
 
     python benchmarks/decode_prediction.py /tmp/shapes
 
-The folder keeps the synthetic stores (5.5 GB). Rows that a token reads are counted on other tokens than those timed.
+The folder keeps the synthetic stores (5.5 GB). What is predicted is a plan's time and memory, as hybrid-place makes it,
+from a profile of other tokens than those that are timed.
 Measuring the machine and decoding take turns, a second or two each, because others use its memory too; the medians of
 all rounds count, and every round is in the results. Takes some four minutes. The last line is JSON, also written under
 benchmarks/results.
@@ -26,21 +27,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as all programs set it: t
 
 import torch
 
-from hybrid_runtime.benchmarking.bytes_touched import NeuronRows
 from hybrid_runtime.benchmarking.speed_test import SpeedTest, measure
 from hybrid_runtime.engine import LoadOptions, OpenModel, open_model
-from hybrid_runtime.machine import describe_machine, peak_rss_bytes, reset_peak_rss
-from hybrid_runtime.model.decoder import Decoder
-from hybrid_runtime.model.kv_cache import KvCache
-from hybrid_runtime.placement.decode_time import DecodeConditions, DecodeTime, predict_decode_time
+from hybrid_runtime.generation.sequence import TokenSequence
+from hybrid_runtime.machine import describe_machine, peak_rss_bytes, ram_limit_bytes, reset_peak_rss
+from hybrid_runtime.placement.plan import Plan
+from hybrid_runtime.placement.planning import Planner, make_planner
+from hybrid_runtime.profiling.run import ProfileRequest, make_profile
 from hybrid_runtime.progress import console_progress
 from hybrid_runtime.speeds.kernel_speeds import KernelCalibration
-from hybrid_runtime.speeds.machine_speeds import machine_speeds
 from hybrid_runtime.stores import ModelRequest
 from hybrid_runtime.synthetic.request import SyntheticRequest, make_synthetic
 
 NUM_TOKENS = 64
-COUNTED_TOKENS = 24
+PROFILED_TOKENS = 512
+WINDOW = 64
+SAMPLE_BYTES = 64 << 20
 ROUNDS = 9
 CALIBRATION_ROUNDS = 5  # of each of its models, a round
 SHAPES = {
@@ -123,41 +125,40 @@ def compare(model: str, name: str, folder: Path) -> Row:
     reset_peak_rss()
     sequence = opened.load_sequence()
     decoder, cache = sequence.decoder, sequence.cache
-    conditions = conditions_of(opened, decoder, cache)
-    cache.truncate(0)
-    decoder.forward(torch.zeros(100, dtype=torch.int64), cache)  # a prompt, which takes the most memory
+    for length in (1, 100):  # a prompt takes the most memory
+        cache.truncate(0)
+        decoder.forward(torch.zeros(length, dtype=torch.int64), cache)
     peak_bytes = peak_rss_bytes()  # before measuring the machine, which takes memory of its own
-    predictions, measured, parts = take_turns(opened, decoder, cache, conditions, folder / "speeds")
-    predicted = sorted(predictions, key=lambda each: each.total_s)[ROUNDS // 2]
+    plans, measured, parts = take_turns(opened, sequence, folder / "speeds")
+    plan = sorted(plans, key=lambda each: each.total_s)[ROUNDS // 2]
     return Row(
         name,
         opened.num_threads,
-        1e3 * predicted.total_s,
+        1e3 * plan.total_s,
         1e3 * statistics.median(measured),
-        opened.memory_plan.expected,
+        plan.ram_used_bytes,
         peak_bytes,
-        {part: 1e3 * seconds for part, seconds in asdict(predicted).items()},
+        {part.kind: 1e3 * part.seconds for part in plan.parts} | {"neurons": 1e3 * plan.neurons_s},
         {part: 1e3 * statistics.median(each[part] for each in parts) for part in parts[0]},
-        [1e3 * each.total_s for each in predictions],
+        [1e3 * each.total_s for each in plans],
         [1e3 * seconds for seconds in measured],
     )
 
 
 def take_turns(
-    opened: OpenModel, decoder: Decoder, cache: KvCache, conditions: DecodeConditions, cache_dir: Path
-) -> tuple[list[DecodeTime], list[float], list[dict[str, float]]]:
-    """Predictions, measured seconds of a token, and the measured seconds by label, of every round."""
-    manifest, test = opened.store.manifest, SpeedTest(0, NUM_TOKENS, 0)
-    row_format = manifest.quantization.weights
-    speeds = machine_speeds(
-        describe_machine(), row_format, opened.num_threads, cache_dir, lambda line: print(line, file=sys.stderr)
-    )
+    opened: OpenModel, sequence: TokenSequence, cache_dir: Path
+) -> tuple[list[Plan], list[float], list[dict[str, float]]]:
+    """Plans, measured seconds of a token, and the measured seconds by label, of every round."""
+    decoder, cache = sequence.decoder, sequence.cache
+    test, row_format = SpeedTest(0, NUM_TOKENS, 0), opened.store.manifest.quantization.weights
+    planner = planner_of(opened, sequence, cache_dir)
     with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
         calibration = KernelCalibration(row_format, decoder.team, Path(scratch))
-    predictions, measured, parts = [], [], []
+    plans, measured, parts = [], [], []
     for _ in range(ROUNDS):
-        now = replace(speeds, kernels=(calibration.measure(CALIBRATION_ROUNDS),))
-        predictions.append(predict_decode_time(manifest, now, conditions))
+        speeds = replace(planner.speeds, kernels=(calibration.measure(CALIBRATION_ROUNDS),))
+        plan, _ = replace(planner, speeds=speeds).plan(0, ram_limit_bytes(), allow_disk=False)
+        plans.append(plan)
         program = decoder.program_of(cache)
         program.reset_ticks()
         found = measure(decoder, cache, test, repetitions=1, warms_up=False)
@@ -165,21 +166,43 @@ def take_turns(
         ticks = program.ticks_by_label()
         per_tick = found.samples[0].kernel_s / NUM_TOKENS / sum(ticks.values())
         parts.append({label: count * per_tick for label, count in ticks.items()})
-    return predictions, measured, parts
+    return plans, measured, parts
 
 
-def conditions_of(opened: OpenModel, decoder: Decoder, cache: KvCache) -> DecodeConditions:
-    """Rows of tokens that are not timed: another seed's."""
-    generator = torch.Generator().manual_seed(77)
-    cache.truncate(0)
-    tokens = torch.randint(0, decoder.config.vocab_size, (COUNTED_TOKENS,), generator=generator)
-    decoder.forward(tokens[:1], cache)
-    decoder.counters.reset()
-    for token in tokens[1:]:
-        decoder.forward(token.view(1), cache)
-    counters, count = decoder.counters, len(tokens) - 1
-    rows = NeuronRows(counters.gate_rows / count, counters.up_rows / count, counters.down_rows / count)
-    return DecodeConditions(rows, not decoder.masks, decoder.masks, (NUM_TOKENS + 1) / 2, opened.kv_dtype)
+class RandomTokens:
+    """Stands in for a tokenizer, which the synthetic models lack: a token for every letter."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._generator = torch.Generator().manual_seed(77)
+
+    def encode(self, text: str, **_: object) -> list[int]:
+        return torch.randint(0, self._vocab_size, (len(text),), generator=self._generator).tolist()
+
+
+def planner_of(opened: OpenModel, sequence: TokenSequence, cache_dir: Path) -> Planner:
+    """From a profile that is made here."""
+    decoder = sequence.decoder
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
+        text, folder = Path(scratch) / "text", Path(scratch) / "profile"
+        text.write_text("x" * (PROFILED_TOKENS * 2))
+        tokenizer: Any = RandomTokens(decoder.config.vocab_size)
+        request = ProfileRequest((text,), PROFILED_TOKENS, WINDOW, SAMPLE_BYTES)
+        make_profile(opened.store, sequence, tokenizer, request, folder, lambda _: None)
+        return make_planner(
+            opened.store,
+            folder,
+            None,
+            mode=decoder.predictor_mode,
+            num_positions=NUM_TOKENS + 1,  # a plan's times are of half of it
+            kv_dtype=opened.kv_dtype,
+            num_threads=opened.num_threads,
+            gpu_name=None,
+            cache_dir=cache_dir,
+            say=lambda line: print(line, file=sys.stderr),
+            program_bytes=opened.memory_plan.program,
+        )
 
 
 def print_row(row: Row) -> None:

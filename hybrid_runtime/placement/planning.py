@@ -17,6 +17,7 @@ from hybrid_runtime.model.decoder import PredictorMode, choose_predictor_mode
 from hybrid_runtime.model.kv_cache import KvDtype, check_kv_dtype
 from hybrid_runtime.placement.costs import cpu_part_seconds, gpu_part_seconds, layer_costs
 from hybrid_runtime.placement.decode_time import DecodeConditions, predict_decode_time, token_bytes
+from hybrid_runtime.placement.own_predictors import measured_named_for_one
 from hybrid_runtime.placement.parts import GPU_OVERHEAD_BYTES
 from hybrid_runtime.placement.plan import Plan, PlanRequest, TokenCosts, make_plan
 from hybrid_runtime.placement.reads import (
@@ -36,7 +37,7 @@ from hybrid_runtime.store.predictor_files import PredictorHeader
 from hybrid_runtime.store.reader import Store
 
 PLANS_FOLDER = "plans"
-OWN_NAMED_FOR_ONE = 1.3  # of predictors that a checkpoint embeds: nobody published how many they name
+ASSUMED_NAMED_FOR_ONE = 1.3  # of predictors where nothing tells: a profile without samples, imported ones
 
 Say = Callable[[str], None]
 
@@ -146,7 +147,11 @@ def make_planner(
     machine = describe_machine()
     speeds = machine_speeds(machine, store.manifest.quantization.weights, num_threads, cache_dir, say)
     speeds = with_disk_of(speeds, store.folder, cache_dir, say)
-    named_for_one = _named_for_one(predictors, mode)
+    named_for_one = None
+    if predictors is not None:
+        named_for_one = _named_for_one(predictors)
+    elif mode == "mask":
+        named_for_one = measured_named_for_one(store, profile_folder) or ASSUMED_NAMED_FOR_ONE
     reading = Reading(named_for_one, measured_gates_for_one(store, profile_folder), every_row=mode == "off")
     predictor_bytes = None if predictors is None else tuple(layer.num_bytes for layer in predictors.layers)
     rows = expected_rows(profile, config, reading)
@@ -174,10 +179,8 @@ def make_planner(
     )
 
 
-def _named_for_one(predictors: PredictorHeader | None, mode: PredictorMode) -> float | None:
-    """Neurons named for one that fires; None where every gate is read."""
-    if predictors is not None:
-        named = sum(layer.predicted_density or 0.0 for layer in predictors.layers)
-        fired = sum(layer.true_density or 0.0 for layer in predictors.layers)
-        return named / fired if named and fired else OWN_NAMED_FOR_ONE
-    return OWN_NAMED_FOR_ONE if mode == "mask" else None
+def _named_for_one(predictors: PredictorHeader) -> float:
+    """Neurons that trained predictors name for one that fires, as their training found it."""
+    named = sum(layer.predicted_density or 0.0 for layer in predictors.layers)
+    fired = sum(layer.true_density or 0.0 for layer in predictors.layers)
+    return named / fired if named and fired else ASSUMED_NAMED_FOR_ONE

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hybrid_runtime.budget import MemoryNeeds, plan_memory
 from hybrid_runtime.placement import planning
 from hybrid_runtime.placement.decode_time import predict_decode_time
+from hybrid_runtime.placement.own_predictors import measured_named_for_one
 from hybrid_runtime.placement.plan import read_plan
 from hybrid_runtime.placement.reads import measured_gates_for_one
+from hybrid_runtime.profiling.profile_file import read_samples
 from hybrid_runtime.store.manifest import read_manifest
 from hybrid_runtime.store.reader import Store
 from hybrid_tools.convert import main as convert
@@ -277,6 +280,31 @@ def test_measured_gates_are_at_least_one_for_one(stores):
     for name in ("dense", "mixture"):
         store = Store(stores / name, read_manifest(stores / name))
         assert 1 <= measured_gates_for_one(store, stores / name / "profile") < 10
+
+
+def test_what_own_predictors_name_is_counted(stores):
+    store = Store(stores / "mixture", read_manifest(stores / "mixture"))
+    config, checkpoint = store.manifest.config, stores / "mixture-checkpoint"
+    weights = {}
+    for file in checkpoint.glob("*.safetensors"):
+        weights |= load_file(file)
+    named = fired = 0
+    for layer_idx in range(config.num_hidden_layers):
+        sample = read_samples(stores / "mixture" / "profile", config, layer_idx)
+        inputs, active = sample.of_expert(0, config.intermediate_size)
+        (fc1,) = (value for name, value in weights.items() if is_predictors(name, layer_idx, "fc1"))
+        (fc2,) = (value for name, value in weights.items() if is_predictors(name, layer_idx, "fc2"))
+        named += int((torch.relu(inputs[:64] @ fc1.T) @ fc2.T > 0).sum())
+        fired += int(active[:64].sum())
+    assert fired > 100
+    found = measured_named_for_one(store, stores / "mixture" / "profile")
+    assert found == pytest.approx(named / fired, rel=0.01)
+    assert found > 1
+
+
+def is_predictors(name, layer_idx, matrix):
+    """Of the layer's first expert."""
+    return f".{layer_idx}." in name.split("experts")[0] and ".experts.0." in name and f"predictor.{matrix}" in name
 
 
 def test_help_names_units_and_defaults(capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_runtime.machine import cache_bytes
+from hybrid_runtime.placement import planning
 
 from .made_up import speeds_of
 
@@ -31,10 +32,10 @@ def test_the_default_model_is_predicted(program, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(program, "CALIBRATION_ROUNDS", 2)
 
     def speeds(_machine, _row_format, _num_threads, cache_dir, _say):  # whose kernels are measured every round
-        cache_dir.mkdir()
+        cache_dir.mkdir(exist_ok=True)
         return speeds_of(cache_bytes=cache_bytes())
 
-    monkeypatch.setattr(program, "machine_speeds", speeds)
+    monkeypatch.setattr(planning, "machine_speeds", speeds)
     assert program.main([str(tmp_path), "--shape", "tinystories-moe", "--results", str(tmp_path / "results")]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     (file,) = (tmp_path / "results").iterdir()
