@@ -1,0 +1,93 @@
+"""GPU kernels compile for the GPUs that they are meant for, keep to registers, and stay within their budgets."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton interprets here", allow_module_level=True)
+
+from hybrid_kernels.linear.gpu_kernels import linear_kernel
+from hybrid_kernels.sparse_ffn.gpu_kernels import down_kernel, gate_and_up_kernel, merge_kernel, select_kernel
+
+from .compiled import ARCHITECTURES, compiled
+
+TYPES = {"q4": "*i32", "q8": "*i8", "bf16": "*i16", "f32": "*fp32"}
+ROWS = {"COLUMNS": 4096}
+FORMATS = [("q4", 32), ("q4", 128), ("q8", 32), ("bf16", 0), ("f32", 0)]
+# Instructions a weight, counted in what is compiled today: a change that needs more should say why.
+BUDGETS = {"q4": 10.0, "q8": 13.0}
+
+
+def linear_of(kind, group, architecture):
+    signature = {"x": "*fp32", "values": TYPES[kind], "scales": "*fp16", "bias": "*fp32", "y": "*fp32",
+                 "num_rows": "i32", "num_vectors": "i32", "value_stride": "i32", "scale_stride": "i32"}  # fmt: skip
+    constants = ROWS | {"KIND": kind, "GROUP": group, "HAS_BIAS": True, "BLOCK_ROWS": 32, "BLOCK_VECTORS": 16,
+                        "CHUNK": 256 if kind == "q4" else 64}  # fmt: skip
+    return compiled(linear_kernel, signature, constants, architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_linear_of_q4_is_within_budget(architecture):
+    machine = linear_of("q4", 32, architecture)
+    assert machine.count("STL") == machine.count("LDL") == 0  # registers spilled
+    assert machine.count("HMMA") > 0
+    assert machine.per_weight(32 * 256, num_warps=4) <= BUDGETS["q4"]
+
+
+@pytest.mark.parametrize(("kind", "group"), FORMATS[1:])
+def test_linear_of_every_format_keeps_to_registers(kind, group):
+    machine = linear_of(kind, group, 89)
+    assert machine.count("STL") == machine.count("LDL") == 0
+    if kind in BUDGETS:
+        weights = 32 * (256 if kind == "q4" else 64)
+        assert machine.per_weight(weights, num_warps=4) <= BUDGETS[kind]
+
+
+def gate_and_up_of(kind, group, architecture):
+    signature = dict.fromkeys(("x", "gate_bias", "up_bias", "hidden"), "*fp32")
+    signature |= {"values": TYPES[kind], "scales": "*fp16", "selected": "*i8", "threshold": "fp32"}
+    signature |= dict.fromkeys(("neurons", "num_selected"), "*i32")
+    signature |= dict.fromkeys(
+        ("num_neurons", "num_tokens", "value_stride", "scale_stride", "part_values", "part_scales"), "i32"
+    )
+    constants = ROWS | {"KIND": kind, "GROUP": group, "ACTIVATION": "drelu", "HAS_GATE": True, "HAS_BIAS": False,
+                        "BLOCK": 32, "TOKENS": 16, "CHUNK": 256 if kind == "q4" else 64}  # fmt: skip
+    return compiled(gate_and_up_kernel, signature, constants, architecture)
+
+
+def down_of(kind, group, architecture):
+    signature = {"hidden": "*fp32", "values": TYPES[kind], "scales": "*fp16", "neurons": "*i32", "num_selected": "*i32",
+                 "partial": "*fp32", "value_stride": "i32", "scale_stride": "i32"}  # fmt: skip
+    constants = ROWS | {"KIND": kind, "GROUP": group, "BLOCK": 32, "TOKENS": 16, "CHUNK": 256}
+    return compiled(down_kernel, signature, constants, architecture)
+
+
+@pytest.mark.parametrize("make", [gate_and_up_of, down_of], ids=["gate and up", "down"])
+@pytest.mark.parametrize(
+    ("kind", "group", "architecture"), [("q4", 32, each) for each in ARCHITECTURES] + [("q8", 32, 89), ("bf16", 0, 89)]
+)
+def test_the_sparse_networks_kernels_keep_to_registers(make, kind, group, architecture):
+    machine = make(kind, group, architecture)
+    assert machine.count("STL") == machine.count("LDL") == 0
+    assert len(machine.loops) >= 1
+    assert machine.count("ATOM") == machine.count("RED.") == 0  # sums have one order
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lists_and_merges_compile(architecture):
+    signature = {
+        "selected": "*i8",
+        "neurons": "*i32",
+        "num_selected": "*i32",
+        "num_neurons": "i32",
+        "num_tokens": "i32",
+    }
+    machine = compiled(select_kernel, signature, {"BLOCK": 1024, "TOKENS": 16}, architecture)
+    assert machine.count("STL") == 0
+    assert machine.count("ATOM") == 0
+    signature = dict.fromkeys(("partial", "bias", "cold", "residual", "y"), "*fp32")
+    constants = {"COLUMNS": 4096, "TOKENS": 16, "SPLITS": 8, "HAS_BIAS": True, "HAS_COLD": True, "HAS_RESIDUAL": True,
+                 "CHUNK": 256}  # fmt: skip
+    assert compiled(merge_kernel, signature, constants, architecture).count("STL") == 0
