@@ -14,7 +14,6 @@ import torch
 
 from hybrid_kernels.attention.op import attention
 from hybrid_kernels.linear.op import linear
-from hybrid_kernels.norm.op import layer_norm, rms_norm
 from hybrid_kernels.packed_matrix import PackedMatrix
 from hybrid_kernels.quantization.op import dequantize_rows
 from hybrid_kernels.rope.op import apply_rope
@@ -25,6 +24,7 @@ from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import UsageError
 from hybrid_runtime.model.counters import DecodeCounters
 from hybrid_runtime.model.kv_cache import KvCache
+from hybrid_runtime.model.norms import apply_norm
 from hybrid_runtime.model.observer import FfnPass, Observer
 from hybrid_runtime.model.rope_frequencies import rope_frequencies
 from hybrid_runtime.model.token_program import TokenProgram
@@ -219,10 +219,7 @@ class Decoder:
         return sparse_ffn(x, ffn.bundles, self.config.activation, active, team=self.team, observe=observe)
 
     def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        if self.config.norm == "rms":
-            return rms_norm(x, norm.weight, self.config.norm_eps)
-        assert norm.bias is not None
-        return layer_norm(x, norm.weight, norm.bias, self.config.norm_eps)
+        return apply_norm(self.config, norm, x)
 
     def _project(self, x: torch.Tensor, projection: Projection) -> torch.Tensor:
         return linear(x, projection.weight, projection.bias, team=self.team)

@@ -62,4 +62,4 @@ def with_predictors(weights: DecoderWeights, predictors: Sequence[Sequence[Predi
 
 
 def _packed(matrix: torch.Tensor, row_format: RowFormat) -> PackedMatrix:
-    return PackedMatrix(quantize_rows(matrix, row_format), matrix.shape[1], row_format)
+    return PackedMatrix(quantize_rows(matrix, row_format), matrix.shape[1], row_format).close_together()

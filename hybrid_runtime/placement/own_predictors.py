@@ -27,10 +27,12 @@ def measured_named_for_one(store: Store, profile_folder: Path) -> float | None:
         ffn = ffn_names(config, layer_idx)[0]
         fc1, fc2 = (_matrix(store, f"{ffn}.predictor.{name}") for name in ("fc1", "fc2"))
         some = fc2.slice_rows(0, min(MOST_NEURONS, fc2.num_rows))
-        inputs, active = read_samples(profile_folder, config, layer_idx).of_expert(0, config.intermediate_size)
-        logits = linear(torch.relu(linear(inputs[:MOST_TOKENS], fc1)), some)
+        inputs, active = read_samples(profile_folder, config, layer_idx).of_expert(
+            0, config.intermediate_size, MOST_TOKENS
+        )
+        logits = linear(torch.relu(linear(inputs, fc1)), some)
         named += int((logits > config.predictor_threshold).sum())
-        fired += int(active[:MOST_TOKENS, : some.num_rows].sum())
+        fired += int(active[:, : some.num_rows].sum())
     return max(1.0, named / fired) if fired else None
 
 

@@ -18,11 +18,13 @@ from hybrid_kernels.packed_matrix import Bundles
 from hybrid_runtime.benchmarking.bytes_touched import NeuronRows
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.model.weight_specs import ffn_names
+from hybrid_runtime.profiling.gate_inputs import gate_inputs
 from hybrid_runtime.profiling.profile import Profile
 from hybrid_runtime.profiling.profile_file import read_samples
 from hybrid_runtime.store.reader import Store
 
 MOST_LAYERS, MOST_TOKENS, MOST_NEURONS = 4, 64, 512  # that gates are computed of: enough for a ratio
+ASSUMED_GATES_FOR_ONE = 2.0  # of dReLU, where a sample does not say what gates read: the up value is as often negative
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,15 @@ def measured_gates_for_one(store: Store, profile_folder: Path) -> float:
         bundles = store.read_parts([part], "mmap")[0][name]
         assert isinstance(bundles, Bundles)
         some = bundles.take(slice(0, MOST_NEURONS))
-        inputs, active = read_samples(profile_folder, config, layer_idx).of_expert(0, config.intermediate_size)
-        values = linear(inputs[:MOST_TOKENS], some.gate_proj, some.gate_bias)
+        inputs, active = read_samples(profile_folder, config, layer_idx).of_expert(
+            0, config.intermediate_size, MOST_TOKENS
+        )
+        read = gate_inputs(store, layer_idx, inputs)
+        if read is None:
+            return ASSUMED_GATES_FOR_ONE
+        values = linear(read, some.gate_proj, some.gate_bias)
         gates += int(gate_fires(config.activation, values).sum())
-        fired += int(active[:MOST_TOKENS, : some.num_neurons].sum())
+        fired += int(active[:, : some.num_neurons].sum())
     return max(1.0, gates / fired) if fired else 1.0
 
 

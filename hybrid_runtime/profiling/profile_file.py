@@ -62,9 +62,11 @@ class LayerSamples:
     experts: torch.Tensor
     active: torch.Tensor
 
-    def of_expert(self, expert_idx: int, num_neurons: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 [m, H] and bool [m, num_neurons] of the tokens that went there."""
-        tokens, slots = (self.experts == expert_idx).nonzero(as_tuple=True)
+    def of_expert(
+        self, expert_idx: int, num_neurons: int, most: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [m, H] and bool [m, num_neurons] of the tokens that went there; of the first `most` of them."""
+        tokens, slots = (each[:most] for each in (self.experts == expert_idx).nonzero(as_tuple=True))
         bits = self.active[tokens, slots].unsqueeze(2) >> torch.arange(8, dtype=torch.uint8) & 1  # [m, I / 8, 8]
         return self.inputs[tokens].float(), bits.flatten(1)[:, :num_neurons].bool()
 

@@ -11,7 +11,9 @@ from hybrid_kernels.quantization.row_format import RowFormat
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """rows: uint8 [N, row_bytes] (the first dimension may be strided), standing for N rows of `columns` weights."""
+    """rows: uint8 [N, row_bytes], standing for N rows of `columns` weights. The first dimension may be strided, even
+    closer than row_bytes: what pads a row may be the next one.
+    """
 
     rows: torch.Tensor
     columns: int
@@ -30,6 +32,19 @@ class PackedMatrix:
     def num_rows(self) -> int:
         """Number of output features."""
         return self.rows.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that reading every row reads."""
+        return self.num_rows * min(self.rows.stride(0), self.rows.shape[1])
+
+    def close_together(self) -> PackedMatrix:
+        """The same rows, copied side by side without padding: narrow ones are mostly that."""
+        stride = self.row_format.close_row_bytes(self.columns)
+        bytes_after_last = self.rows.shape[1] - stride
+        memory = torch.zeros(self.num_rows * stride + bytes_after_last, dtype=torch.uint8)
+        memory[: self.num_rows * stride].view(self.num_rows, stride).copy_(self.rows[:, :stride])
+        return PackedMatrix(memory.as_strided(tuple(self.rows.shape), (stride, 1)), self.columns, self.row_format)
 
     def slice_rows(self, start: int, stop: int) -> PackedMatrix:
         """The rows [start, stop), without a copy."""

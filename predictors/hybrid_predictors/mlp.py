@@ -48,7 +48,7 @@ class MlpPredictor:
     def num_bytes(self) -> int:
         """Bytes of weights that it reads for one token."""
         bias_bytes = 0 if self.bias is None else 4 * len(self.bias)
-        return self.fc1.rows.numel() + self.fc2.rows.numel() + bias_bytes
+        return self.fc1.num_bytes + self.fc2.num_bytes + bias_bytes
 
     def logits(self, predictor_input: torch.Tensor, team: Team) -> torch.Tensor:
         """predictor_input: [T, H] float32 -> [T, I] float32."""

@@ -23,7 +23,10 @@ from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_kernels.team import Team
 from hybrid_predictors.mlp import MlpPredictor
 
-SMALLEST_SHARE = 1e-6  # of the largest variance: directions below are as good as unseen
+SMALLEST_SHARE = 1e-6  # of the mean variance, added to all: directions below are as good as unseen
+MOST_INPUTS = 1 << 14  # tokens that the inputs' second moment is taken from
+OVERSAMPLING = 16
+POWER_ITERATIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class GatePredictor:
     @property
     def num_bytes(self) -> int:
         """Bytes of weights that it reads for one token."""
-        return self.rows.num_rows * self.rows.rows.shape[1] + (0 if self.bias is None else 4 * len(self.bias))
+        return self.rows.num_bytes + (0 if self.bias is None else 4 * len(self.bias))
 
     def logits(self, predictor_input: torch.Tensor, team: Team) -> torch.Tensor:
         """predictor_input: [T, H] float32, what the gate itself reads -> [T, I] float32."""
@@ -68,19 +71,31 @@ def svd_sketch(bundles: Bundles, inputs: torch.Tensor, rank: int, row_format: Ro
     weights = _dense(exact.rows)  # [I, H]
     if not 1 <= rank <= min(weights.shape):
         raise ValueError(f"rank {rank}: a matrix of {tuple(weights.shape)} has ranks from 1 to {min(weights.shape)}")
-    values, vectors = torch.linalg.eigh((inputs.T @ inputs / max(1, len(inputs))).double())
-    scales = values.clamp(min=float(values.max()) * SMALLEST_SHARE).sqrt()
-    left, strengths, right = torch.linalg.svd(weights.double() @ (vectors * scales), full_matrices=False)
-    fc1 = (right[:rank] / scales) @ vectors.T  # [rank, H]
-    fc2 = left[:, :rank] * strengths[:rank]  # [I, rank]
-    # the two may be scaled against each other: rows of fc1 that give values of the same size suit a shared rounding
-    sizes = (fc1 @ vectors * scales).norm(dim=1)
+    some = inputs[:MOST_INPUTS]
+    moment = (some.T @ some / max(1, len(some))).double()
+    moment.diagonal().add_(SMALLEST_SHARE * float(moment.diagonal().mean()))
+    factor = torch.linalg.cholesky(moment)  # [H, H], so that factor @ factor.T is the moment
+    left, strengths, right = _largest_parts((weights.double() @ factor).float(), rank)
+    fc1 = torch.linalg.solve_triangular(factor.T, right.T.double(), upper=True).T  # [rank, H]: values of size 1
     return MlpPredictor(
-        _packed(fc1 / sizes.unsqueeze(1), row_format),
-        _packed(fc2 * sizes, row_format),
-        bias=exact.bias,
-        has_relu=False,
+        _packed(fc1, row_format), _packed(left * strengths, row_format), bias=exact.bias, has_relu=False
     )
+
+
+def _largest_parts(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """matrix: float32 [m, n] -> [m, rank], [rank], [rank, n]: its largest singular values' parts.
+
+    By a random range and a few rounds of power iteration (Halko, Martinsson and Tropp, arXiv 0909.4061), the same ones
+    each time: the whole decomposition of an expert of Mixtral takes minutes.
+    """
+    width = min(rank + OVERSAMPLING, *matrix.shape)
+    generator = torch.Generator().manual_seed(0)
+    basis = matrix @ torch.randn(matrix.shape[1], width, generator=generator)
+    for _ in range(POWER_ITERATIONS):
+        basis = matrix @ (matrix.T @ torch.linalg.qr(basis).Q)
+    basis = torch.linalg.qr(basis).Q
+    left, strengths, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return (basis @ left)[:, :rank], strengths[:rank], right[:rank]
 
 
 def _dense(matrix: PackedMatrix) -> torch.Tensor:

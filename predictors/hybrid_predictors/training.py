@@ -22,6 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, pad
 from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_predictors.thresholds import Curve, curve
 
+BATCH_SIZE = 512  # tokens
 INITIAL_SIZE = 0.1  # of the logits, so that no token begins far off
 MOST_VALIDATED = 1 << 24  # neurons times tokens, 64 MiB of logits
 Q4_LEVELS = (-8.0, 7.0, -7.2)  # that a group's largest weight may fall on; beyond the last level it is cut off
@@ -73,7 +74,7 @@ class TrainingOptions:
     recall: float = 0.97
     has_relu: bool = True
     num_epochs: int = 16
-    batch_size: int = 512  # tokens
+    batch_size: int = BATCH_SIZE
     learning_rate: float = 5e-3
     weight_decay: float = 0.01
     positive_weight: float = 10.0

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from .model.tiny_models import attention_shapes, random_tensors, write_folder
@@ -101,6 +102,22 @@ def write_model(folder: Path, config: dict = LLAMA, *, num_shards=1, add_bos=Tru
     tensors["lm_head.weight"][: len(SPECIALS)] = 0  # logits of 0, where the highest is about 9
     write_folder(folder, config, tensors, num_shards)
     write_tokenizer(folder, add_bos=add_bos, template=template)
+    return folder
+
+
+def write_pre_norm_model(folder: Path) -> Path:
+    """A dense dReLU model whose predictors read the stream before a norm that changes it much."""
+    config = LLAMA | {"architectures": ["BambooForCausalLM"], "model_type": "bamboo", "hidden_act": "relu"}
+    write_model(folder, config)
+    generator = torch.Generator().manual_seed(1)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    for layer_idx in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{layer_idx}"
+        tensors[f"{layer}.mlp.predictor.fc1.weight"] = torch.randn(8, 32, generator=generator)
+        tensors[f"{layer}.mlp.predictor.fc2.weight"] = torch.randn(48, 8, generator=generator)
+        tensors[f"{layer}.post_attention_layernorm.weight"] = 3 * torch.randn(32, generator=generator)
+    save_file(tensors, file, {"format": "pt"})
     return folder
 
 

@@ -5,7 +5,7 @@ import torch
 
 from hybrid_kernels.packed_matrix import Bundles, PackedMatrix
 from hybrid_kernels.quantization.reference import dequantize_rows, quantize_rows
-from hybrid_kernels.quantization.row_format import GROUP_SIZES, RowFormat
+from hybrid_kernels.quantization.row_format import GROUP_SIZES, WORD_BYTES, RowFormat
 
 FORMATS = [
     RowFormat("f32"),
@@ -13,6 +13,22 @@ FORMATS = [
     *(RowFormat(kind, group) for kind in ("q8", "q4") for group in GROUP_SIZES),
 ]
 Q4 = RowFormat("q4", 32)
+
+
+@pytest.mark.parametrize("row_format", FORMATS, ids=str)
+@pytest.mark.parametrize("columns", [1, 32, 96, 130])
+def test_rows_close_together_are_the_same_rows_in_less_memory(random_matrix, row_format, columns):
+    matrix = random_matrix(9, columns, row_format)
+    close = matrix.close_together()
+    assert close.num_bytes == 9 * row_format.close_row_bytes(columns) <= matrix.num_bytes == matrix.rows.numel()
+    assert close.num_bytes - 9 * WORD_BYTES < 9 * (row_format.value_bytes(columns) + row_format.scale_bytes(columns))
+    for start in (0, 4):
+        ours, theirs = (each.slice_rows(start, 9) for each in (close, matrix))
+        assert torch.equal(
+            dequantize_rows(ours.rows, columns, row_format), dequantize_rows(theirs.rows, columns, row_format)
+        )
+    after_last = row_format.row_bytes(columns) - row_format.close_row_bytes(columns)
+    assert close.rows.untyped_storage().nbytes() == close.num_bytes + after_last
 
 
 def test_slice_rows_is_a_view_of_those_rows(random_matrix):

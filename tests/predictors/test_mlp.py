@@ -122,3 +122,19 @@ def test_a_predictor_is_a_value_that_nobody_changes():
     predictor = random_predictor(64, 8, 5)
     with pytest.raises(AttributeError):
         predictor.threshold = 1.0
+
+
+@pytest.mark.parametrize("row_format", FORMATS, ids=str)
+@pytest.mark.parametrize("rank", [8, 96, 130])
+def test_rows_close_together_predict_the_same_from_fewer_bytes(row_format, rank, team):
+    padded = random_predictor(70, rank, 200, row_format)
+    close = MlpPredictor(padded.fc1.close_together(), padded.fc2.close_together())
+    x = random_input(5, 70)
+    for some in (x, x[:1]):
+        ours, theirs = close.logits(some, team), padded.logits(some, team)
+        if row_format == F32:  # torch's own product, whose order of sums follows the strides
+            torch.testing.assert_close(ours, theirs)
+        else:
+            assert torch.equal(ours, theirs)
+    assert close.num_bytes == rank * row_format.close_row_bytes(70) + 200 * row_format.close_row_bytes(rank)
+    assert padded.num_bytes == rank * row_format.row_bytes(70) + 200 * row_format.row_bytes(rank)

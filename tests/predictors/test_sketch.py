@@ -73,6 +73,19 @@ def test_svd_keeps_what_the_inputs_weigh(team, inputs):
     assert errors[12] < 0.8 * float((plain - gates).norm() / gates.norm())
 
 
+def test_svd_is_as_good_as_the_whole_decomposition(team, inputs):
+    """The best approximation of the gates on these inputs there is, of a rank: Eckart and Young."""
+    bundles, weights = network()
+    gates = inputs @ weights[:, 0].T
+    for rank in (3, 10):
+        sketch = svd_sketch(bundles, inputs, rank, F32)
+        found = float((sketch.logits(inputs, team) - gates).norm())
+        least = float(torch.linalg.svdvals(gates)[rank:].norm())
+        assert least <= found * 1.0001
+        assert found <= 1.02 * least
+        assert torch.equal(sketch.fc1.rows, svd_sketch(bundles, inputs, rank, F32).fc1.rows)
+
+
 @pytest.mark.parametrize("rank", [0, HIDDEN + 1])
 def test_ranks_that_a_matrix_has_not_are_refused(rank, inputs):
     with pytest.raises(ValueError, match=rf"rank {rank}: .* ranks from 1 to {HIDDEN}"):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.engine import LoadOptions, open_model
 from hybrid_runtime.model.decoder import Decoder
 from hybrid_runtime.model.kv_cache import KvCache
+from hybrid_runtime.placement.reads import measured_gates_for_one
+from hybrid_runtime.store.manifest import read_manifest
 from hybrid_runtime.store.predictor_files import PREDICTORS
+from hybrid_runtime.store.reader import Store
 from hybrid_runtime.stores import ModelRequest
 from hybrid_tools.convert import main as convert
 from hybrid_tools.predictors import main
 from hybrid_tools.profile import main as profile
-from tests.hybrid_runtime.small_models import LLAMA, TURBOSPARSE, write_model
+from tests.hybrid_runtime.small_models import LLAMA, TURBOSPARSE, write_model, write_pre_norm_model
 
 DENSE = LLAMA | {"architectures": ["BambooForCausalLM"], "model_type": "bamboo", "hidden_act": "relu"}
 TEXT = "Hello world, once upon a time there was a neuron and the others and a layer. " * 60
@@ -119,7 +123,11 @@ def test_killed_run_goes_on_with_the_layers_that_are_left(stores, run, monkeypat
     assert len(calls) == 3  # the first layer is not trained again
     monkeypatch.setattr(module, "train_layer", found)
     shutil.rmtree(tmp_path / "dense" / "predictors")
-    assert run(*arguments)[1] == out
+    assert without_times(run(*arguments)[1]) == without_times(out)
+
+
+def without_times(out):
+    return re.sub(r"\d+ % of the feed-forward networks' time", "", out)
 
 
 def test_kinds_stand_side_by_side(stores, run):
@@ -134,6 +142,91 @@ def test_kinds_stand_side_by_side(stores, run):
     for kind in ("sign", "svd"):
         assert kinds[kind]["recall"] > 0.8
     assert kinds["random"]["recall"] < 0.6
+
+
+@pytest.fixture(scope="module")
+def pre_norm(tmp_path_factory):
+    """Its own predictors name half of the neurons."""
+    folder = tmp_path_factory.mktemp("pre-norm")
+    write_pre_norm_model(folder / "checkpoint")
+    (folder / "text").write_text(TEXT)
+    assert convert([str(folder / "checkpoint"), "-o", str(folder / "store")]) == 0
+    options = ["--text", str(folder / "text"), "--window", "64", "--tokens", "2048", "--threads", "1"]
+    assert profile([str(folder / "store"), *options]) == 0
+    return folder / "store"
+
+
+def test_gates_read_behind_the_norm_though_predictors_do_not(pre_norm, run):
+    config = read_manifest(pre_norm).config
+    assert config.predictor_input == "pre_norm"
+    code, out, err = run("compare", pre_norm, "--json", "--recall", "0.9", "--threads", "1")
+    assert code == 0, err
+    kinds = {row["kind"]: row for row in json.loads(out)["kinds"]}
+    assert kinds["oracle"]["recall"] == kinds["exact-gate"]["recall"] == 1
+    assert kinds["oracle"]["precision"] > kinds["exact-gate"]["precision"]
+    for kind in ("sign", "svd"):
+        assert kinds[kind]["recall"] > 0.8
+    gates = measured_gates_for_one(Store(pre_norm, read_manifest(pre_norm)), pre_norm / "profile")
+    assert gates == pytest.approx(1 / kinds["exact-gate"]["precision"], rel=0.2)
+
+
+def test_only_the_kinds_that_are_asked_for(stores, run):
+    code, out, err = run("compare", stores / "dense", "--kind", "sign", "--kind", "random", "--threads", "1")
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["sign", "random"]
+    assert [line for line in err if line.endswith(" ...")][-2:] == ["sign ...", "random ..."]
+    shutil.rmtree(stores / "dense" / "predictors", ignore_errors=True)
+    code, _, err = run("compare", stores / "dense", "--kind", "mlp", "--threads", "1")
+    assert code == 2
+    assert "--kind mlp: this model has sign, svd, exact-gate, oracle, random" in err[-1]
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_old_predictors_are_there_until_new_ones_are(stores, run, monkeypatch, tmp_path):
+    from hybrid_tools.predictor_training import run as module  # noqa: PLC0415
+
+    shutil.copytree(stores / "dense", tmp_path / "dense", ignore=shutil.ignore_patterns("predictors"))
+    folder = tmp_path / "dense" / "predictors"
+    assert run("train", tmp_path / "dense", *EASY, "--threads", "1")[0] == 0
+    before = {name: data for name, data in contents(folder).items() if name.name != module.LOCK}
+    assert not (folder / module.WORK).exists()
+    harder = ("train", tmp_path / "dense", *EASY[:-1], "1", "--threads", "1", "--max-named", "1")
+    found, rounds = module.judged, []
+
+    def interrupted(*arguments):
+        rounds.append(arguments)
+        if len(rounds) == 2:
+            raise KeyboardInterrupt
+        return found(*arguments)
+
+    monkeypatch.setattr(module, "judged", interrupted)
+    monkeypatch.setattr(module, "FIRST_SHARE", 0.1)
+    assert run(*harder, "--first-share", "0.05")[0] == 130
+    assert len(rounds) == 2
+    now = contents(folder)
+    assert {name: now[name] for name in before} == before
+    assert (folder / module.WORK).exists()
+    assert run("compare", tmp_path / "dense", "--kind", "mlp", "--threads", "1")[0] == 0
+    assert run(*harder, "--first-share", "0.05")[0] == 0
+    assert contents(folder)[Path(PREDICTORS)] != before[Path(PREDICTORS)]
+    assert not (folder / module.WORK).exists()
+
+
+def test_memory_that_training_lacks_is_refused_before_it_begins(stores, run, monkeypatch):
+    from hybrid_tools.predictor_training import memory  # noqa: PLC0415
+
+    monkeypatch.setattr(memory, "training_bytes", lambda *_: 1 << 40)
+    code, out, err = run("train", stores / "dense", *EASY, "--ram", "64G")
+    assert (code, out) == (2, "")
+    assert re.search(r"--ram 64\.00 GiB: the model needs 1\.\d+ TiB|--ram 64\.00 GiB: the model needs 10\d\d", err[-1])
+
+
+def test_the_share_of_the_networks_time_is_told(stores, run):
+    answer = json.loads(run("train", stores / "dense", *EASY, "--threads", "1", "--json")[1])
+    assert 0 < answer["share_of_time"] < 1
 
 
 def powerinfer(folder, config: ModelConfig, rank=6, threshold=None):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from hybrid_runtime.cli.program import run_program, say
 from hybrid_runtime.errors import UsageError
 
 if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
+    from hybrid_runtime.config import ModelConfig
     from hybrid_runtime.engine import OpenModel
     from hybrid_runtime.profiling.profile import Profile
     from hybrid_runtime.store.reader import Store
@@ -49,9 +51,14 @@ def command() -> None:
 
 def _model(subcommand: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every subcommand has."""
-    for option in (json_option, cache_dir_option, model_options, threads_option, ram_option):
+    for option in (json_option, cache_dir_option, model_options):
         subcommand = option(subcommand)
     return click.argument("model")(subcommand)
+
+
+def _computes(subcommand: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of those that run the model."""
+    return ram_option(threads_option(subcommand))
 
 
 @command.command(
@@ -61,6 +68,7 @@ def _model(subcommand: Callable[..., Any]) -> Callable[..., Any]:
     context_settings={"max_content_width": 110},
 )
 @_model
+@_computes
 @profile_option
 @click.option(
     "--recall", type=click.FloatRange(0.5, 0.9999), default=0.97, show_default=True, metavar="SHARE",
@@ -82,6 +90,10 @@ def _model(subcommand: Callable[..., Any]) -> Callable[..., Any]:
     "--epochs", type=click.IntRange(1, 1000), default=16, show_default=True, metavar="N",
     help="Passes over the sample for each layer.",
 )  # fmt: skip
+@click.option(
+    "--first-share", type=click.FloatRange(0.01, 1.0), default=0.8, show_default=True, metavar="SHARE",
+    help="Of --max-share, what the first round spends: more makes fewer rounds, maybe for more bytes than needed.",
+)  # fmt: skip
 @quant_option
 @click.option("--linear", is_flag=True, help="Without the ReLU in between, as Deja Vu's.")
 @click.option("--restart", is_flag=True, help="Forget what an unfinished run has trained.")
@@ -93,6 +105,7 @@ def train(  # noqa: D103
     max_share: float,
     max_loss: float,
     epochs: int,
+    first_share: float,
     rows: str,
     *,
     linear: bool,
@@ -101,18 +114,26 @@ def train(  # noqa: D103
     **options: Any,
 ) -> int:
     from hybrid_runtime.stores import asked_quantization  # noqa: PLC0415  # imports torch
+    from hybrid_tools.predictor_training.memory import training_bytes  # noqa: PLC0415
+    from hybrid_tools.predictor_training.ranks import rank_ladder  # noqa: PLC0415
     from hybrid_tools.predictor_training.run import PredictorRequest, train_predictors  # noqa: PLC0415
 
-    opened, profile, folder, source = _open(model, profile_folder, options)
+    row_format = asked_quantization(rows, None).weights
+
+    def training_takes(config: ModelConfig, num_samples: int) -> int:
+        return training_bytes(config, num_samples, rank_ladder(config, row_format)[-1])
+
+    opened, profile, folder, source = _open(model, profile_folder, options, training_takes)
     request = PredictorRequest(
         recall=recall,
         most_named=max_named,
         most_share=max_share,
         most_loss=max_loss / 100,
-        row_format=asked_quantization(rows, None).weights,
+        row_format=row_format,
         num_epochs=epochs,
         has_relu=not linear,
         restarts=restart,
+        first_share=first_share,
     )
     try:
         outcome = train_predictors(opened, profile, source, folder, request, say)
@@ -131,20 +152,26 @@ def train(  # noqa: D103
     context_settings={"max_content_width": 110},
 )
 @_model
+@_computes
 @profile_option
 @click.option(
     "--recall", type=click.FloatRange(0.5, 0.9999), default=0.97, show_default=True, metavar="SHARE",
     help="Of the neurons that fire, how many sign and svd have to find.",
 )  # fmt: skip
+@click.option(
+    "--kind", "kinds", multiple=True, type=click.Choice(["mlp", "sign", "svd", "exact-gate", "oracle", "random"]),
+    help="Only this one; may be repeated. [default: all]",
+)  # fmt: skip
 def compare(  # noqa: D103
-    model: str, profile_folder: Path | None, recall: float, *, as_json: bool, **options: Any
+    model: str, profile_folder: Path | None, recall: float, kinds: tuple[str, ...], *, as_json: bool, **options: Any
 ) -> int:
     from hybrid_runtime.engine import TrainedPredictors  # noqa: PLC0415  # imports torch
     from hybrid_runtime.store.beside import store_digest  # noqa: PLC0415
     from hybrid_runtime.store.predictor_files import has_predictors, read_header  # noqa: PLC0415
     from hybrid_tools.predictor_training.comparison import KindResult, compare_kinds  # noqa: PLC0415
+    from hybrid_tools.predictor_training.memory import comparing_bytes  # noqa: PLC0415
 
-    opened, profile, folder, source = _open(model, profile_folder, options)
+    opened, profile, folder, source = _open(model, profile_folder, options, comparing_bytes)
     trained = None
     if has_predictors(folder):
         header = read_header(folder, opened.store.manifest.config, store_digest(opened.store))
@@ -162,7 +189,7 @@ def compare(  # noqa: D103
 
     if not as_json:
         click.echo("kind        bytes, %  recall  precision  named for one  perplexity  change, %")
-    rows = compare_kinds(opened.load_sequence(), profile, source, trained, recall, show)
+    rows = compare_kinds(opened.load_sequence(), profile, source, trained, recall, show, kinds, say)
     if as_json:
         click.echo(json.dumps({"model": profile.model, "kinds": [row.to_json() for row in rows]}))
     return 0
@@ -197,11 +224,17 @@ def import_(model: str, source: Path, rows: str, *, as_json: bool, **options: An
     return 0
 
 
-def _open(model: str, profile_folder: Path | None, options: dict[str, Any]) -> tuple[OpenModel, Profile, Path, Path]:
-    """The model in its exact mode, its profile, where predictors go, and where the profile lies."""
+def _open(
+    model: str, profile_folder: Path | None, options: dict[str, Any], takes: Callable[[ModelConfig, int], int]
+) -> tuple[OpenModel, Profile, Path, Path]:
+    """The model in its exact mode, its profile, where predictors go, and where the profile lies.
+
+    takes: bytes beside the model, from its shape and the number of sampled tokens; they have to fit too.
+    """
+    from hybrid_runtime.budget import require_memory  # noqa: PLC0415
     from hybrid_runtime.cli.loading import use_threads  # noqa: PLC0415  # imports torch
     from hybrid_runtime.engine import LoadOptions, default_cache_dir, open_model  # noqa: PLC0415
-    from hybrid_runtime.machine import physical_cores, usable_cores  # noqa: PLC0415
+    from hybrid_runtime.machine import available_ram_bytes, physical_cores, usable_cores  # noqa: PLC0415
     from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER, has_profile, read_profile  # noqa: PLC0415
     from hybrid_runtime.profiling.profile_file import read_header as read_profile_header  # noqa: PLC0415
     from hybrid_runtime.store.beside import beside, store_digest  # noqa: PLC0415
@@ -215,15 +248,19 @@ def _open(model: str, profile_folder: Path | None, options: dict[str, Any]) -> t
     if not has_profile(source):
         raise UsageError(f"{source}: has no profile of {store.manifest.model}; run hybrid-profile {model} --text FILE")
     profile = read_profile(source, store.manifest.config, store_digest(store))
+    header = read_profile_header(source)
     load = LoadOptions(
         ram_bytes=options["ram"],
-        num_positions=read_profile_header(source).window,
+        num_positions=header.window,
         threads=threads,
         cache_dir=cache_dir,
         scores=True,
         say=say,
     )
     opened = open_model(_request(model, options), load, needs_tokenizer=False)
+    extra = takes(store.manifest.config, header.num_samples)
+    plan = replace(opened.memory_plan, workspace=opened.memory_plan.workspace + extra)
+    require_memory(plan, options["ram"], available_ram_bytes())
     return opened, profile, beside(store, cache_dir) / PREDICTOR_FOLDER, source
 
 
@@ -261,6 +298,7 @@ def _show(outcome: Outcome, request: PredictorRequest, folder: Path, *, as_json:
             "predicted_density": total.predicted_density,
             "true_density": total.true_density,
             "share_of_bytes": outcome.share,
+            "share_of_time": outcome.share_of_time,
             "perplexity": header.perplexity,
             "exact_perplexity": header.exact_perplexity,
             "loss": outcome.loss,
@@ -279,7 +317,8 @@ def _show(outcome: Outcome, request: PredictorRequest, folder: Path, *, as_json:
         )
     click.echo(
         f"all: recall {total.recall:.4f}, {total.density_ratio:.2f} neurons named for one that fires, "
-        f"{100 * outcome.share:.1f} % of the neurons' bytes, perplexity {header.exact_perplexity:.3f} -> "
+        f"{100 * outcome.share:.1f} % of the neurons' bytes, {100 * outcome.share_of_time:.0f} % of the feed-forward "
+        f"networks' time, perplexity {header.exact_perplexity:.3f} -> "
         f"{header.perplexity:.3f} ({100 * outcome.loss:+.3f} +/- {100 * outcome.loss_error:.3f} %)"
     )
     for miss in outcome.misses(request):

@@ -21,6 +21,7 @@ RowKind = Literal["f32", "bf16", "q8", "q4"]
 ROW_KINDS: tuple[RowKind, ...] = get_args(RowKind)
 GROUP_SIZES = (32, 64, 128)
 ROW_ALIGNMENT = 64  # bytes: one cache line, and one AVX-512 load
+WORD_BYTES = 4  # that values are read by
 
 _VALUE_BITS: dict[RowKind, int] = {"f32": 32, "bf16": 16, "q8": 8, "q4": 4}
 _SCALE_BYTES = 2
@@ -65,6 +66,11 @@ class RowFormat:
         """Bytes from the start of one row to the start of the next."""
         used = self.value_bytes(columns) + self.scale_bytes(columns)
         return -(-used // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+    def close_row_bytes(self, columns: int) -> int:
+        """The same without the padding: of rows that are read one after the other, so that no line is read twice."""
+        used = self.value_bytes(columns) + self.scale_bytes(columns)
+        return -(-used // WORD_BYTES) * WORD_BYTES
 
     def __str__(self) -> str:
         return f"{self.kind} group {self.group}" if self.group else self.kind

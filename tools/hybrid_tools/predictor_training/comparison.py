@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from hybrid_kernels.packed_matrix import Bundles
 from hybrid_kernels.quantization.row_format import RowFormat
+from hybrid_predictors.normed import NormedPredictor
 from hybrid_predictors.predictor import Predictor
 from hybrid_predictors.sketch import exact_gate, sign_sketch, svd_sketch
 from hybrid_predictors.study import OraclePredictor, RandomPredictor
@@ -20,6 +22,7 @@ from hybrid_runtime.errors import UsageError
 from hybrid_runtime.evaluation.held_out import Losses, judged, window_losses
 from hybrid_runtime.generation.sequence import TokenSequence
 from hybrid_runtime.model.decoder import Decoder
+from hybrid_runtime.model.norms import apply_norm
 from hybrid_runtime.model.trained_predictors import load_predictors, with_predictors
 from hybrid_runtime.profiling.profile import Profile
 from hybrid_runtime.profiling.profile_file import read_header, read_samples
@@ -61,8 +64,12 @@ def compare_kinds(
     trained: TrainedPredictors | None,
     recall: float,
     on_kind: OnKind,
+    wanted: Sequence[str] = (),
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[KindResult]:
     """sequence: the model in its exact mode. The kinds that need a gate to decide are left out where it does not.
+
+    wanted: only these kinds; none: all. say: is told what comes next.
 
     Raises UsageError for a profile without held-out text or without a sample.
     """
@@ -73,13 +80,20 @@ def compare_kinds(
     if trained is not None:
         kinds["mlp"] = lambda: [list(of_layer) for of_layer in load_predictors(trained.folder, trained.header, config)]
     study = _Study(sequence, profile_folder, recall, trained)
-    kinds |= {"sign": study.sign, "svd": study.svd}
-    if config.activation.is_sparse:
-        kinds["exact-gate"] = study.exact_gate
-    kinds |= {"oracle": study.oracle, "random": lambda: study.random(profile)}
+    if config.predictor_input != "layer_input":  # from there nobody gets to what neurons read without attention
+        kinds |= {"sign": study.sign, "svd": study.svd}
+        kinds |= {"exact-gate": study.exact_gate} if config.activation.is_sparse else {}
+        kinds["oracle"] = study.oracle
+    kinds["random"] = lambda: study.random(profile)
+    if missing := [kind for kind in wanted if kind not in kinds]:
+        raise UsageError(f"--kind {missing[0]}: this model has {', '.join(kinds)}")
+    say(f"the model alone, on {profile.held_out.numel()} held-out tokens ...")
     exact = window_losses(sequence, profile.held_out)
     results = []
     for kind, make in kinds.items():
+        if wanted and kind not in wanted:
+            continue
+        say(f"{kind} ...")
         results.append(_result(kind, sequence, profile, make(), exact))
         on_kind(results[-1])
     return results
@@ -113,11 +127,11 @@ class _Study:
 
     def exact_gate(self) -> Layers:
         """The gate, with the threshold of the activation."""
-        return self._each(lambda bundles: exact_gate(bundles, self._config.activation.threshold))
+        return self._behind_norms(self._each(lambda bundles: exact_gate(bundles, self._config.activation.threshold)))
 
     def oracle(self) -> Layers:
         """Everything that fires and nothing else."""
-        return self._each(lambda bundles: OraclePredictor(bundles, self._config.activation))
+        return self._behind_norms(self._each(lambda bundles: OraclePredictor(bundles, self._config.activation)))
 
     def random(self, profile: Profile) -> Layers:
         """As many neurons as good predictors name, drawn blindly."""
@@ -133,26 +147,41 @@ class _Study:
     def _each(self, make: Callable[[Bundles], Predictor]) -> Layers:
         return [[make(ffn.bundles) for ffn in layer.experts] for layer in self._decoder.weights.layers]
 
+    def _norm(self, layer_idx: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """From what predictors read to what neurons read; None where that is the same."""
+        if self._config.predictor_input != "pre_norm":
+            return None
+        return partial(apply_norm, self._config, self._decoder.weights.layers[layer_idx].post_attention_layernorm)
+
+    def _behind_norms(self, layers: Layers) -> Layers:
+        normed: Layers = []
+        for layer_idx, predictors in enumerate(layers):
+            norm = self._norm(layer_idx)
+            normed.append(predictors if norm is None else [NormedPredictor(each, norm) for each in predictors])
+        return normed
+
     def _tuned(self, make: Callable[[int, Bundles, torch.Tensor], Predictor]) -> Layers:
         curves, layers = [], []
         for layer_idx, layer in enumerate(self._decoder.weights.layers):
             samples = read_samples(self._folder, self._config, layer_idx)
+            norm = self._norm(layer_idx)
             made, logits, fired = [], [], []
             most = max(1, MOST_VALUES // (len(layer.experts) * self._config.intermediate_size))
             for expert_idx, ffn in enumerate(layer.experts):
-                inputs, active = samples.of_expert(expert_idx, self._config.intermediate_size)
+                inputs, active = samples.of_expert(expert_idx, self._config.intermediate_size, most)
+                inputs = inputs if norm is None else norm(inputs)
                 predictor = make(layer_idx, ffn.bundles, inputs)
                 made.append(predictor)
-                logits.append(predictor.logits(inputs[:most], self._decoder.team))
-                fired.append(active[:most])
+                logits.append(predictor.logits(inputs, self._decoder.team))
+                fired.append(active)
             layers.append(made)
             curves.append(curve(logits, fired))
         chosen = spend(curves, self._recall)
         thresholds = [float(each.thresholds[idx]) for each, idx in zip(curves, chosen, strict=True)]
-        return [
+        return self._behind_norms([
             [replace(predictor, threshold=threshold) for predictor in made]  # type: ignore[type-var]  # dataclasses all
             for made, threshold in zip(layers, thresholds, strict=True)
-        ]
+        ])  # fmt: skip
 
 
 def _result(
@@ -191,5 +220,5 @@ def _layer_bytes(predictors: Sequence[Predictor]) -> int:
     shared = [getattr(predictor, "fc1", None) for predictor in predictors]
     total = sum(predictor.num_bytes for predictor in predictors)
     if len(shared) > 1 and shared[0] is not None and all(each is shared[0] for each in shared):
-        total -= (len(shared) - 1) * shared[0].rows.numel()
+        total -= (len(shared) - 1) * shared[0].num_bytes
     return total

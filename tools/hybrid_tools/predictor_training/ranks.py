@@ -17,14 +17,14 @@ from hybrid_runtime.profiling.profile import LayerCounts
 from hybrid_runtime.store.layout import Quantization
 
 STEP = 16
-WORTHWHILE = 1.15  # a rank is left out when the next one takes fewer times its bytes: rows end at whole cache lines
+WORTHWHILE = 1.1  # a rank is left out when the next one takes fewer times its bytes: rows hold whole groups
 
 
 def layer_bytes(config: ModelConfig, row_format: RowFormat, rank: int) -> int:
     """Of one layer's predictors in memory: fc1 once, fc2 for every expert."""
     experts = max(1, config.num_experts)
-    fc1 = rank * row_format.row_bytes(config.hidden_size)
-    return fc1 + experts * config.intermediate_size * row_format.row_bytes(rank)
+    fc1 = rank * row_format.close_row_bytes(config.hidden_size)
+    return fc1 + experts * config.intermediate_size * row_format.close_row_bytes(rank)
 
 
 def ffn_bytes(config: ModelConfig, quantization: Quantization) -> int:

@@ -2,7 +2,8 @@
 
 What is finished of a layer lies in work/ under its rank, so that a run that was killed goes on with the next one. The
 thresholds are set for all layers together. After each round the model is tried on the profile's held-out text, which
-nothing was trained on; if its quality does not hold yet, the layer that promises most for its bytes gets wider.
+nothing was trained on; if its quality does not hold yet, the layer that promises most for its bytes gets wider. The
+last round's predictors take the place of those that were there before, at the very end.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import filelock
 import torch
 
 from hybrid_kernels.quantization.row_format import RowFormat
+from hybrid_predictors.predictor import Predictor
 from hybrid_predictors.thresholds import Curve, Quality, curve, spend
 from hybrid_predictors.training import LayerSample, TrainingOptions, train_layer
 from hybrid_runtime.engine import OpenModel
@@ -27,6 +29,7 @@ from hybrid_runtime.generation.sequence import TokenSequence
 from hybrid_runtime.model.decoder import Decoder
 from hybrid_runtime.model.trained_predictors import load_predictors, pack_layer, with_predictors
 from hybrid_runtime.profiling.profile import Profile
+from hybrid_runtime.profiling.profile_file import read_header as read_profile_header
 from hybrid_runtime.profiling.profile_file import read_samples
 from hybrid_runtime.store.beside import store_digest
 from hybrid_runtime.store.predictor_files import (
@@ -42,11 +45,13 @@ from hybrid_runtime.store.predictor_files import (
 from hybrid_tools.predictor_training.ranks import ffn_bytes, grown_rank, initial_ranks, layer_bytes
 
 VALIDATION_SHARE = 0.1
-INITIAL_SHARE = 0.8  # of the budget: the rest is given where it turns out to be missing
+FIRST_SHARE = 0.8
 MARGIN = 0.001  # thresholds are set for this much more recall than is asked: other text is a little harder
 LEAST_RECALL = 0.9  # of every layer: a layer that is sacrificed for others may matter more than its neurons' number
 LOCK = ".lock"
 WORK = "work"
+ROUND = "round"  # in there: the latest round's predictors
+TIMED_TOKENS = 64
 
 Say = Callable[[str], None]
 
@@ -55,6 +60,7 @@ Say = Callable[[str], None]
 class PredictorRequest:
     """recall: share of firing neurons to find; most_named: neurons named for one that fires; most_share: predictors'
     bytes over the neurons'; most_loss: relative increase of the perplexity. All hold in the end, or a miss is said.
+    first_share: of those bytes, what the first round spends; the rest goes where it turns out to be missing.
     """
 
     recall: float
@@ -65,12 +71,13 @@ class PredictorRequest:
     num_epochs: int
     has_relu: bool = True
     restarts: bool = False
+    first_share: float = FIRST_SHARE
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a round came to, on held-out text. by_layer: qualities; loss: relative increase of the perplexity, and its
-    standard error; share: bytes over the neurons' bytes.
+    standard error; share: bytes over the neurons' bytes; share_of_time: of a decoded token's feed-forward networks.
     """
 
     header: PredictorHeader
@@ -78,6 +85,7 @@ class Outcome:
     loss: float
     loss_error: float
     share: float
+    share_of_time: float = math.nan
 
     @property
     def total(self) -> Quality:
@@ -123,7 +131,7 @@ def train_predictors(
         with filelock.FileLock(folder / LOCK, timeout=0):
             run = _Run(opened, profile, profile_folder, folder, request, say)
             outcome = run.rounds()
-            shutil.rmtree(run.work, ignore_errors=True)
+            run.publish(outcome.header)
             return outcome
     except filelock.Timeout as error:
         raise UsageError(f"{folder}: another run trains predictors here; wait for it") from error
@@ -150,19 +158,21 @@ class _Run:
         self._request = request
         self._say = say
         self._digest = store_digest(opened.store)
-        key = repr((self._digest, profile.texts, request.row_format, request.num_epochs, request.has_relu))
-        self._key = hashlib.sha256(key.encode()).hexdigest()[:16]
-        self.work = folder / WORK
+        num_samples = read_profile_header(profile_folder).num_samples
+        key = (self._digest, profile.texts, num_samples, request.row_format, request.num_epochs, request.has_relu)
+        self._key = hashlib.sha256(repr((*key, request.recall)).encode()).hexdigest()[:16]
+        self._work = folder / WORK
+        self._round = self._work / ROUND
         if request.restarts:
-            shutil.rmtree(self.work, ignore_errors=True)
+            shutil.rmtree(self._work, ignore_errors=True)
         self._curves: dict[tuple[int, int], Curve] = {}
         self._neuron_bytes = ffn_bytes(self._config, opened.store.manifest.quantization)
 
     def rounds(self) -> Outcome:
-        """All rounds; each leaves its predictors in the folder, so the last whole round survives a kill."""
+        """All rounds; the last one's predictors are left in work/."""
         config, request = self._config, self._request
         budget = request.most_share * self._neuron_bytes * config.num_hidden_layers
-        ranks = initial_ranks(config, request.row_format, self._profile.layers, budget * INITIAL_SHARE)
+        ranks = initial_ranks(config, request.row_format, self._profile.layers, budget * request.first_share)
         while True:
             for layer_idx, rank in enumerate(ranks):
                 self._train(layer_idx, rank)
@@ -172,8 +182,32 @@ class _Run:
             excess = [quality.named - quality.fired for quality in outcome.by_layer]
             step = grown_rank(config, request.row_format, ranks, excess, budget)
             if not misses or step is None:
-                return outcome
+                return replace(outcome, share_of_time=self._share_of_time(outcome.header))
             ranks[step[0]] = step[1]
+
+    def publish(self, header: PredictorHeader) -> None:
+        """Put the last round's predictors into the folder; nothing is left of work/."""
+        shutil.rmtree(self._folder / header.data, ignore_errors=True)
+        (self._round / header.data).rename(self._folder / header.data)
+        write_header(self._folder, header)
+        shutil.rmtree(self._work, ignore_errors=True)
+
+    def _share_of_time(self, header: PredictorHeader) -> float:
+        """Decoding held-out tokens one by one, by the kernels' own counters."""
+        decoder, cache = (
+            self._decoder_with(load_predictors(self._round, header, self._config), header),
+            self._sequence.cache,
+        )
+        cache.truncate(0)
+        for token in self._profile.held_out[0, :TIMED_TOKENS].long():
+            decoder.forward(token.view(1), cache)
+        ticks = decoder.program_of(cache).ticks_by_label()
+        return ticks["predictor"] / (ticks["predictor"] + ticks["neurons"])
+
+    def _decoder_with(self, predictors: Sequence[Sequence[Predictor]], header: PredictorHeader) -> Decoder:
+        decoder = self._sequence.decoder
+        config = replace(self._config, predictor_input=header.input)
+        return Decoder(config, with_predictors(decoder.weights, predictors), "trained", decoder.team)
 
     def _train(self, layer_idx: int, rank: int) -> None:
         """Have the layer's weights of this rank in work/, and its curve in memory."""
@@ -216,20 +250,15 @@ class _Run:
         return curve([logits for logits, _ in parts], [active for _, active in parts])
 
     def _try(self, ranks: list[int]) -> Outcome:
-        """Set the thresholds, leave the predictors in the folder, and see what they do on held-out text."""
+        """Set the thresholds, leave the predictors in work/, and see what they do on held-out text."""
         request, config = self._request, self._config
         curves = [self._curves[layer_idx, rank] for layer_idx, rank in enumerate(ranks)]
         chosen = spend(curves, min(1.0, request.recall + MARGIN), LEAST_RECALL)
         thresholds = [_finite(each, idx) for each, idx in zip(curves, chosen, strict=True)]
         header = self._save(ranks, thresholds)
-        predictors = load_predictors(self._folder, header, config)
+        predictors = load_predictors(self._round, header, config)
         qualities, exact = judged(self._sequence, self._profile.held_out, predictors)
-        decoder = self._sequence.decoder
-        weights = with_predictors(decoder.weights, predictors)
-        with_them = TokenSequence(
-            Decoder(replace(config, predictor_input=header.input), weights, "trained", decoder.team),
-            self._sequence.cache,
-        )
+        with_them = TokenSequence(self._decoder_with(predictors, header), self._sequence.cache)
         losses = window_losses(with_them, self._profile.held_out)
         header = replace(
             header,
@@ -237,19 +266,19 @@ class _Run:
             perplexity=losses.perplexity,
             exact_perplexity=exact.perplexity,
         )
-        write_header(self._folder, header)
         share = header.num_bytes / (self._neuron_bytes * config.num_hidden_layers)
         return Outcome(header, tuple(qualities), *losses.increase_over(exact), share)
 
     def _save(self, ranks: list[int], thresholds: list[float]) -> PredictorHeader:
         data = f"data-{hashlib.sha256(repr((self._key, ranks)).encode()).hexdigest()[:16]}"
-        (self._folder / data).mkdir(exist_ok=True)
+        shutil.rmtree(self._round, ignore_errors=True)
+        (self._round / data).mkdir(parents=True)
         layers = []
         for layer_idx, (rank, threshold) in enumerate(zip(ranks, thresholds, strict=True)):
             weights = read_layer(self._work_folder(rank), self._config, layer_idx, rank)
-            write_layer(self._folder / data, self._config, layer_idx, weights)
+            write_layer(self._round / data, self._config, layer_idx, weights)
             layers.append(LayerPredictors(rank, threshold, layer_bytes(self._config, self._request.row_format, rank)))
-        header = PredictorHeader(
+        return PredictorHeader(
             format=FORMAT_NAME,
             version=FORMAT_VERSION,
             model=self._profile.model,
@@ -264,8 +293,6 @@ class _Run:
             exact_perplexity=None,
             data=data,
         )
-        write_header(self._folder, header)
-        return header
 
     def _sample(self, layer_idx: int) -> LayerSample:
         config = self._config
@@ -278,7 +305,7 @@ class _Run:
         return LayerSample(samples.inputs, samples.experts, samples.active, config.intermediate_size, experts)
 
     def _work_folder(self, rank: int) -> Path:
-        return self.work / f"{self._key}-rank-{rank}"
+        return self._work / f"{self._key}-rank-{rank}"
 
 
 def _finite(of_layer: Curve, idx: int) -> float:
