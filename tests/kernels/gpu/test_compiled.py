@@ -8,7 +8,12 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets here", allow_module_level=True)
 
+from hybrid_kernels.attention.gpu import BLOCK
+from hybrid_kernels.attention.gpu_kernels import attend_kernel, combine_kernel
 from hybrid_kernels.linear.gpu_kernels import linear_kernel
+from hybrid_kernels.norm.gpu_kernels import norm_kernel
+from hybrid_kernels.rope.gpu_kernels import rotate_and_append_kernel
+from hybrid_kernels.routing.gpu_kernels import route_kernel
 from hybrid_kernels.sparse_ffn.gpu_kernels import down_kernel, gate_and_up_kernel, merge_kernel, select_kernel
 
 from .compiled import ARCHITECTURES, compiled
@@ -91,3 +96,44 @@ def test_lists_and_merges_compile(architecture):
     constants = {"COLUMNS": 4096, "TOKENS": 16, "SPLITS": 8, "HAS_BIAS": True, "HAS_COLD": True, "HAS_RESIDUAL": True,
                  "CHUNK": 256}  # fmt: skip
     assert compiled(merge_kernel, signature, constants, architecture).count("STL") == 0
+
+
+CACHES = {"f32": "*fp32", "f16": "*fp16", "q8": "*i8"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["f16", "q8"])
+def test_attention_keeps_to_registers(architecture, kind):
+    signature = dict.fromkeys(("query", "partial", "partial_max", "partial_sum"), "*fp32")
+    signature |= dict.fromkeys(("keys", "values"), CACHES[kind])
+    signature |= dict.fromkeys(("key_scales", "value_scales"), "*fp16")
+    signature |= {
+        "positions": "*i32",
+        "position_stride": "i32",
+        "scale_stride": "i32",
+        "window": "i32",
+        "scale": "fp32",
+    }
+    constants = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "KIND": kind, "GROUP": 32, "QUERIES": 16,
+                 "BLOCK": BLOCK[kind]}  # fmt: skip
+    machine = compiled(attend_kernel, signature, constants, architecture)
+    assert machine.count("STL") == machine.count("LDL") == 0
+    assert machine.count("HMMA") > 0
+    assert machine.count("ATOM") == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_else_a_token_needs_compiles(architecture):
+    signature = dict.fromkeys(("queries", "keys", "values", "cosines", "sines"), "*fp32")
+    signature |= {"positions": "*i32", "key_cache": "*i8", "value_cache": "*i8", "position_stride": "i32"}
+    signature |= {"key_scales": "*fp16", "value_scales": "*fp16", "scale_stride": "i32"}
+    constants = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "ROTATES": True, "KIND": "q8", "GROUP": 32}
+    assert compiled(rotate_and_append_kernel, signature, constants, architecture, num_warps=1).count("STL") == 0
+    signature = dict.fromkeys(("x", "weight", "bias", "y"), "*fp32") | {"eps": "fp32"}
+    constants = {"WIDTH": 4096, "BLOCK": 4096, "IS_RMS": True}
+    assert compiled(norm_kernel, signature, constants, architecture).count("STL") == 0
+    signature = {"logits": "*fp32", "experts": "*i32", "weights": "*fp32"}
+    constants = {"NUM_EXPERTS": 8, "CHOSEN": 2, "SCORE": "softmax", "NORMALIZES": True, "BLOCK": 8, "SLOTS": 2}
+    assert compiled(route_kernel, signature, constants, architecture, num_warps=1).count("STL") == 0
+    signature = dict.fromkeys(("partial", "partial_max", "partial_sum", "output"), "*fp32")
+    assert compiled(combine_kernel, signature, {"HEAD_DIM": 128, "SPLITS": 16}, architecture).count("STL") == 0

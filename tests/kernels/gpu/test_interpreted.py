@@ -1,4 +1,4 @@
-"""Runs interpreted.py where Triton interprets: it decides that when it is imported, once for a process."""
+"""Runs interpreted*.py where Triton interprets: it decides that when it is imported, once for a process."""
 
 import os
 import subprocess
@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
-FILE = Path(__file__).parent / "interpreted.py"
+FILES = sorted(Path(__file__).parent.glob("interpreted*.py"))
 
 
 @pytest.mark.slow
-def test_kernels_do_what_their_references_do():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(FILE)]
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_kernels_do_what_their_references_do(file):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(file)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[3]
