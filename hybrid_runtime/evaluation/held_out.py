@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,20 +41,29 @@ class Losses:
 def window_losses(sequence: TokenSequence, windows: torch.Tensor, observer: Observer | None = None) -> Losses:
     """windows: int [n, W]. Raise NumericsError when the model computes NaN or Inf."""
     found = []
-    decoder, cache = sequence.decoder, sequence.cache
     for tokens in windows.long():
-        cache.truncate(0)
-        logits = [
-            decoder.forward(
-                tokens[start : start + PREFILL_BATCH], cache, all_logits=True, prompt_end=len(tokens), observer=observer
-            )
-            for start in range(0, len(tokens), PREFILL_BATCH)
-        ]
-        losses = torch.nn.functional.cross_entropy(torch.cat(logits)[:-1], tokens[1:], reduction="none").double()
+        losses = torch.cat([_batch_losses(*batch) for batch in _batches(sequence, tokens, observer)])
         if not torch.isfinite(losses).all():
             raise NumericsError("the model computed NaN or Inf on held-out text")
         found.append(losses)
     return Losses(torch.stack(found))
+
+
+def _batches(
+    sequence: TokenSequence, tokens: torch.Tensor, observer: Observer | None, *, all_logits: bool = True
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One window's logits [T, V], a batch at a time, each with the tokens that follow."""
+    decoder, cache = sequence.decoder, sequence.cache
+    cache.truncate(0)
+    for start in range(0, len(tokens), PREFILL_BATCH):
+        batch = tokens[start : start + PREFILL_BATCH]
+        logits = decoder.forward(batch, cache, all_logits=all_logits, prompt_end=len(tokens), observer=observer)
+        yield logits, tokens[start + 1 : start + 1 + PREFILL_BATCH]
+
+
+def _batch_losses(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    """float64 [T]; nothing follows a window's last token."""
+    return torch.nn.functional.cross_entropy(logits[: len(following)], following, reduction="none").double()
 
 
 class _Judge:
@@ -73,17 +82,25 @@ class _Judge:
 
 
 def judged(
-    sequence: TokenSequence, windows: torch.Tensor, predictors: Sequence[Sequence[Predictor]]
+    sequence: TokenSequence,
+    windows: torch.Tensor,
+    predictors: Sequence[Sequence[Predictor]],
+    exact: Losses | None = None,
 ) -> tuple[list[Quality], Losses]:
     """By layer, how predictors do on what the exact model's neurons do, and the exact model's losses.
 
-    sequence: the model in its exact mode; windows: int [n, W]; predictors: by layer and expert.
+    sequence: the model in its exact mode, its config's predictor_input being where these predictors read the stream;
+    windows: int [n, W]; predictors: by layer and expert; exact: the losses where they are known, no logits then.
     """
     config = sequence.decoder.config
     judge = _Judge(sequence, predictors)
     counter = FiringCounter(config, empty_layers(config, 1), torch.zeros(1, dtype=torch.int64), judge.see)
     losses = []
     for window in windows:
-        losses.append(window_losses(sequence, window.unsqueeze(0), counter).losses)
-        counter.finish()
-    return judge.qualities, Losses(torch.cat(losses))
+        if exact is None:
+            losses.append(window_losses(sequence, window.unsqueeze(0), counter).losses)
+            counter.finish()
+        else:
+            for _ in _batches(sequence, window.long(), counter, all_logits=False):
+                counter.finish()
+    return judge.qualities, exact or Losses(torch.cat(losses))

@@ -75,7 +75,7 @@ def svd_sketch(bundles: Bundles, inputs: torch.Tensor, rank: int, row_format: Ro
     moment = (some.T @ some / max(1, len(some))).double()
     moment.diagonal().add_(SMALLEST_SHARE * float(moment.diagonal().mean()))
     factor = torch.linalg.cholesky(moment)  # [H, H], so that factor @ factor.T is the moment
-    left, strengths, right = _largest_parts((weights.double() @ factor).float(), rank)
+    left, strengths, right = _largest_parts(weights @ factor.float(), rank)
     fc1 = torch.linalg.solve_triangular(factor.T, right.T.double(), upper=True).T  # [rank, H]: values of size 1
     return MlpPredictor(
         _packed(fc1, row_format), _packed(left * strengths, row_format), bias=exact.bias, has_relu=False

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 NUM_BINS = 4096
+CHUNK = 1 << 20  # values that are counted at a time, 32 MiB with their order
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +92,27 @@ def curve(logits: Sequence[torch.Tensor], active: Sequence[torch.Tensor]) -> Cur
     The thresholds lie at quantiles of the logits of neurons that fired, since only there does the recall change; the
     lowest names everything.
     """
-    fired = torch.cat([values[each] for values, each in zip(logits, active, strict=True)]).double().sort().values
     values = float(sum(each.numel() for each in active))
-    lowest = torch.tensor([float("-inf")], dtype=torch.float64)
+    fired = torch.cat([each[which] for each, which in zip(logits, active, strict=True)])
+    fired.numpy().sort()  # in place: torch's sort takes six times as much memory, for the order that nobody asks
     if len(fired) == 0:
         highest = max(float(each.max()) for each in logits if each.numel()) if values else 0.0
         thresholds = torch.tensor([highest], dtype=torch.float64)
         return Curve(thresholds, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), 0.0, values)
     places = torch.linspace(0, len(fired) - 1, min(NUM_BINS, len(fired))).long()
-    thresholds = torch.cat([lowest, fired[places]])
+    lowest = torch.tensor([float("-inf")], dtype=torch.float64)
+    thresholds = torch.cat([lowest, fired[places].double()])
     thresholds = torch.nextafter(thresholds, lowest)  # so that the neuron itself is above
-    found = len(fired) - torch.searchsorted(fired, thresholds, right=True)
-    named = torch.zeros(len(thresholds), dtype=torch.float64)
-    for each in logits:
-        ascending = each.flatten().double().sort().values
-        named += len(ascending) - torch.searchsorted(ascending, thresholds, right=True)
-    return Curve(thresholds, found.double(), named, float(len(fired)), values)
+    named = torch.stack([_num_above(each.flatten(), thresholds) for each in logits]).sum(0)
+    return Curve(thresholds, _num_above(fired, thresholds).double(), named.double(), float(len(fired)), values)
+
+
+def _num_above(values: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """values: float32 [n]; thresholds: float64 [B], ascending -> int64 [B], how many values are above each."""
+    above = torch.full(thresholds.shape, len(values))
+    for chunk in torch.split(values, CHUNK):
+        above -= torch.searchsorted(chunk.double().sort().values, thresholds, right=True)
+    return above
 
 
 def spend(curves: Sequence[Curve], recall: float, least_recall: float = 0.0) -> list[int]:

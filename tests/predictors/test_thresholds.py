@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hybrid_predictors import thresholds
 from hybrid_predictors.thresholds import Quality, curve, measured_sets, spend
 
 
@@ -38,6 +39,15 @@ def test_every_point_of_a_curve_is_what_its_threshold_gives(seed):
         for logits, active in cases:
             expected = expected + measured_sets(logits.double() > threshold, active)
         assert found.at(idx) == expected
+
+
+def test_values_are_counted_in_chunks_as_at_once(monkeypatch):
+    logits, active = random_case(7)
+    at_once = curve([logits], [active])
+    monkeypatch.setattr(thresholds, "CHUNK", 17)
+    in_chunks = curve([logits], [active])
+    for field in ("thresholds", "found", "named"):
+        assert torch.equal(getattr(in_chunks, field), getattr(at_once, field))
 
 
 @pytest.mark.parametrize("recall", [0.01, 0.5, 0.9, 0.97, 1.0])

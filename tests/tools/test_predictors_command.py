@@ -215,6 +215,93 @@ def test_old_predictors_are_there_until_new_ones_are(stores, run, monkeypatch, t
     assert not (folder / module.WORK).exists()
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["before the data", "before the header"])
+def test_training_the_same_again_leaves_the_old_until_the_very_end(stores, run, monkeypatch, tmp_path, moment):
+    from hybrid_tools.predictor_training import run as module  # noqa: PLC0415
+
+    shutil.copytree(stores / "dense", tmp_path / "dense", ignore=shutil.ignore_patterns("predictors"))
+    folder, arguments = tmp_path / "dense" / "predictors", ("train", tmp_path / "dense", *EASY, "--threads", "1")
+    assert run(*arguments)[0] == 0
+    before = {name: data for name, data in contents(folder).items() if name.name != module.LOCK}
+    rename = Path.rename
+
+    def interrupted(path, target):
+        return interrupt() if path.name == module.READY else rename(path, target)
+
+    if moment == "before the data":
+        monkeypatch.setattr(Path, "rename", interrupted)
+    else:
+        monkeypatch.setattr(module, "write_header", interrupt)
+    assert run(*arguments)[0] == 130
+    now = contents(folder)
+    assert {name: now[name] for name in before} == before
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "train_layer", interrupt)  # all layers are there already
+    assert run(*arguments)[0] == 0
+    assert len(list(folder.glob("data-*"))) == 1
+    assert run("compare", tmp_path / "dense", "--kind", "mlp", "--threads", "1")[0] == 0
+
+
+def test_layers_trained_on_another_sample_are_not_taken(stores, run, monkeypatch, tmp_path):
+    from hybrid_tools.predictor_training import run as module  # noqa: PLC0415
+
+    shutil.copytree(stores / "dense", tmp_path / "dense", ignore=shutil.ignore_patterns("predictors"))
+    arguments = ("train", tmp_path / "dense", *EASY, "--threads", "1")
+    found, trained = module.train_layer, []
+
+    def watched(sample, *others):
+        trained.append(len(sample))
+        return found(sample, *others)
+
+    monkeypatch.setattr(module, "train_layer", watched)
+    monkeypatch.setattr(module, "judged", interrupt)
+    assert run(*arguments)[0] == 130
+    assert run(*arguments)[0] == 130
+    assert len(trained) == 2  # one of each layer
+    text = ["--text", str(stores / "text"), "--window", "64", "--tokens", "2048", "--samples", "50K"]
+    assert profile([str(tmp_path / "dense"), *text, "--restart", "--threads", "1"]) == 0
+    assert run(*arguments)[0] == 130
+    assert len(trained) == 4
+    assert trained[2] < trained[0]
+
+
+def test_rounds_compute_what_the_model_loses_only_when_it_matters(stores, run, monkeypatch, tmp_path):
+    from hybrid_tools.predictor_training import run as module  # noqa: PLC0415
+
+    shutil.copytree(stores / "dense", tmp_path / "dense", ignore=shutil.ignore_patterns("predictors"))
+    known, losses = [], []
+    judged, window_losses = module.judged, module.window_losses
+    monkeypatch.setattr(module, "judged", lambda *values: (known.append(values[3]), judged(*values))[1])
+    monkeypatch.setattr(module, "window_losses", lambda *values: (losses.append(1), window_losses(*values))[1])
+    arguments = ("train", tmp_path / "dense", *EASY[:-1], "1", "--threads", "1", "--max-named", "1")
+    code, out, err = run(*arguments, "--first-share", "0.05", "--json")
+    assert code == 0, err
+    assert len(known) >= 2
+    assert [each is None for each in known] == [True] + [False] * (len(known) - 1)
+    assert len(losses) == 1
+    answer = json.loads(out)
+    assert answer["loss"] == pytest.approx(answer["perplexity"] / answer["exact_perplexity"] - 1)
+
+
+@pytest.mark.parametrize("option", ["--ram", "--threads"])
+def test_an_import_has_no_options_that_would_do_nothing(stores, run, tmp_path, option):
+    code, _, err = run("import", stores / "dense", tmp_path, option, "4")
+    assert code == 2
+    assert f"No such option: {option}" in " ".join(err) or f"No such option '{option}'" in " ".join(err)
+
+
+def test_too_little_memory_is_refused_in_words_of_this_program(stores, run):
+    for arguments in (("train", *EASY), ("compare",)):
+        code, out, err = run(arguments[0], stores / "dense", *arguments[1:], "--ram", "10M")
+        assert (code, out) == (2, "")
+        assert "a profile with a smaller --window or --samples" in err[-1]
+        assert "--ctx" not in err[-1]
+
+
 def test_memory_that_training_lacks_is_refused_before_it_begins(stores, run, monkeypatch):
     from hybrid_tools.predictor_training import memory  # noqa: PLC0415
 

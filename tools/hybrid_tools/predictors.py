@@ -22,10 +22,9 @@ import click
 from hybrid_runtime import __version__
 from hybrid_runtime.cli.options import cache_dir_option, model_options, ram_option, threads_option
 from hybrid_runtime.cli.program import run_program, say
-from hybrid_runtime.errors import UsageError
+from hybrid_runtime.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
-    from hybrid_runtime.config import ModelConfig
     from hybrid_runtime.engine import OpenModel
     from hybrid_runtime.profiling.profile import Profile
     from hybrid_runtime.store.reader import Store
@@ -114,14 +113,19 @@ def train(  # noqa: D103
     **options: Any,
 ) -> int:
     from hybrid_runtime.stores import asked_quantization  # noqa: PLC0415  # imports torch
-    from hybrid_tools.predictor_training.memory import training_bytes  # noqa: PLC0415
-    from hybrid_tools.predictor_training.ranks import rank_ladder  # noqa: PLC0415
+    from hybrid_tools.predictor_training import memory, ranks  # noqa: PLC0415
     from hybrid_tools.predictor_training.run import PredictorRequest, train_predictors  # noqa: PLC0415
 
     row_format = asked_quantization(rows, None).weights
 
-    def training_takes(config: ModelConfig, num_samples: int) -> int:
-        return training_bytes(config, num_samples, rank_ladder(config, row_format)[-1])
+    def training_takes(store: Store, profile: Profile, num_samples: int) -> int:
+        config = store.manifest.config
+        budget = max_share * ranks.ffn_bytes(config, store.manifest.quantization) * config.num_hidden_layers
+        widest = ranks.widest_rank(config, row_format, profile.layers, budget)
+        least = config.num_hidden_layers * ranks.layer_bytes(
+            config, row_format, ranks.rank_ladder(config, row_format)[0]
+        )
+        return memory.training_bytes(config, num_samples, widest, max(int(budget), least))
 
     opened, profile, folder, source = _open(model, profile_folder, options, training_takes)
     request = PredictorRequest(
@@ -171,13 +175,21 @@ def compare(  # noqa: D103
     from hybrid_tools.predictor_training.comparison import KindResult, compare_kinds  # noqa: PLC0415
     from hybrid_tools.predictor_training.memory import comparing_bytes  # noqa: PLC0415
 
-    opened, profile, folder, source = _open(model, profile_folder, options, comparing_bytes)
+    store = _store(model, options)
+    folder = _folder(store, options)
     trained = None
     if has_predictors(folder):
-        header = read_header(folder, opened.store.manifest.config, store_digest(opened.store))
+        header = read_header(folder, store.manifest.config, store_digest(store))
         trained = TrainedPredictors(folder, header)
     else:
         say(f"{folder}: nobody has trained predictors yet (hybrid-predictors train), so there is no row for them")
+
+    def comparing_takes(store: Store, _: Profile, num_samples: int) -> int:
+        return comparing_bytes(
+            store.manifest.config, num_samples, kinds, trained.header if trained is not None else None
+        )
+
+    opened, profile, _, source = _open(model, profile_folder, options, comparing_takes)
 
     def show(row: KindResult) -> None:
         if not as_json:
@@ -205,15 +217,12 @@ def compare(  # noqa: D103
 @click.argument("source", metavar="FOLDER", type=click.Path(path_type=Path))
 @quant_option
 def import_(model: str, source: Path, rows: str, *, as_json: bool, **options: Any) -> int:  # noqa: D103
-    from hybrid_runtime.engine import default_cache_dir  # noqa: PLC0415  # imports torch
     from hybrid_runtime.sizes import format_bytes  # noqa: PLC0415
-    from hybrid_runtime.store.beside import beside  # noqa: PLC0415
-    from hybrid_runtime.store.predictor_files import PREDICTOR_FOLDER  # noqa: PLC0415
     from hybrid_runtime.stores import asked_quantization  # noqa: PLC0415
     from hybrid_tools.predictor_training.importing import import_powerinfer  # noqa: PLC0415
 
     store = _store(model, options)
-    folder = beside(store, options["cache_dir"] or default_cache_dir()) / PREDICTOR_FOLDER
+    folder = _folder(store, options)
     header = import_powerinfer(store, source, folder, asked_quantization(rows, None).weights)
     ranks = [layer.rank for layer in header.layers]
     if as_json:
@@ -225,11 +234,11 @@ def import_(model: str, source: Path, rows: str, *, as_json: bool, **options: An
 
 
 def _open(
-    model: str, profile_folder: Path | None, options: dict[str, Any], takes: Callable[[ModelConfig, int], int]
+    model: str, profile_folder: Path | None, options: dict[str, Any], takes: Callable[[Store, Profile, int], int]
 ) -> tuple[OpenModel, Profile, Path, Path]:
     """The model in its exact mode, its profile, where predictors go, and where the profile lies.
 
-    takes: bytes beside the model, from its shape and the number of sampled tokens; they have to fit too.
+    takes: bytes beside the model, from it, its profile and the number of sampled tokens; they have to fit too.
     """
     from hybrid_runtime.budget import require_memory  # noqa: PLC0415
     from hybrid_runtime.cli.loading import use_threads  # noqa: PLC0415  # imports torch
@@ -238,7 +247,6 @@ def _open(
     from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER, has_profile, read_profile  # noqa: PLC0415
     from hybrid_runtime.profiling.profile_file import read_header as read_profile_header  # noqa: PLC0415
     from hybrid_runtime.store.beside import beside, store_digest  # noqa: PLC0415
-    from hybrid_runtime.store.predictor_files import PREDICTOR_FOLDER  # noqa: PLC0415
 
     cache_dir = options["cache_dir"] or default_cache_dir()
     threads = options["threads"] or min(physical_cores(), usable_cores())
@@ -257,11 +265,25 @@ def _open(
         scores=True,
         say=say,
     )
-    opened = open_model(_request(model, options), load, needs_tokenizer=False)
-    extra = takes(store.manifest.config, header.num_samples)
-    plan = replace(opened.memory_plan, workspace=opened.memory_plan.workspace + extra)
-    require_memory(plan, options["ram"], available_ram_bytes())
-    return opened, profile, beside(store, cache_dir) / PREDICTOR_FOLDER, source
+    try:
+        opened = open_model(_request(model, options), load, needs_tokenizer=False)
+        extra = takes(store, profile, header.num_samples)
+        plan = replace(opened.memory_plan, workspace=opened.memory_plan.workspace + extra)
+        require_memory(plan, options["ram"], available_ram_bytes())
+    except BudgetError as error:  # in the words of this program, which has no --ctx
+        raise BudgetError(
+            str(error).replace("a smaller --ctx", "a profile with a smaller --window or --samples")
+        ) from error
+    return opened, profile, _folder(store, options), source
+
+
+def _folder(store: Store, options: dict[str, Any]) -> Path:
+    """Where predictors of the store lie."""
+    from hybrid_runtime.engine import default_cache_dir  # noqa: PLC0415  # imports torch
+    from hybrid_runtime.store.beside import beside  # noqa: PLC0415
+    from hybrid_runtime.store.predictor_files import PREDICTOR_FOLDER  # noqa: PLC0415
+
+    return beside(store, options["cache_dir"] or default_cache_dir()) / PREDICTOR_FOLDER
 
 
 def _store(model: str, options: dict[str, Any]) -> Store:

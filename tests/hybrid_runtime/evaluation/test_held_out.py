@@ -7,6 +7,7 @@ import torch
 
 from hybrid_predictors.study import OraclePredictor, RandomPredictor
 from hybrid_runtime.engine import LoadOptions, open_model
+from hybrid_runtime.evaluation import held_out
 from hybrid_runtime.evaluation.held_out import Losses, judged, window_losses
 from hybrid_runtime.model.kv_cache import KvCache
 from hybrid_runtime.stores import ModelRequest
@@ -38,6 +39,14 @@ def test_losses_are_those_of_every_token_but_each_windows_first(sequence):
     assert found.perplexity == pytest.approx(math.exp(found.losses.mean()))
 
 
+def test_windows_of_several_batches_lose_no_token_between_them(sequence, monkeypatch):
+    at_once = window_losses(sequence, WINDOWS)
+    monkeypatch.setattr(held_out, "PREFILL_BATCH", 13)
+    torch.testing.assert_close(window_losses(sequence, WINDOWS).losses, at_once.losses, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(held_out, "PREFILL_BATCH", 40)  # the last batch ends where the window does
+    assert window_losses(sequence, WINDOWS).losses.shape == at_once.losses.shape
+
+
 def test_an_increase_is_of_pairs():
     exact = Losses(torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64))
     worse = Losses(exact.losses + 0.1)
@@ -54,6 +63,9 @@ def test_the_oracle_is_judged_to_be_one(sequence):
     qualities, losses = judged(sequence, WINDOWS, oracles)
     assert [quality.recall for quality in qualities] == [quality.precision for quality in qualities] == [1.0, 1.0]
     assert torch.equal(losses.losses, window_losses(sequence, WINDOWS).losses)
+    again, same = judged(sequence, WINDOWS, oracles, losses)  # known before: no logits
+    assert again == qualities
+    assert same is losses
     blind = [[RandomPredictor(48, 0, threshold=0.75)] for _ in layers]
     qualities, _ = judged(sequence, WINDOWS, blind)
     assert all(0.15 < quality.recall < 0.35 for quality in qualities)

@@ -8,7 +8,14 @@ import torch
 from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_runtime.model.trained_predictors import pack_layer
 from hybrid_runtime.profiling.profile import LayerCounts
-from hybrid_tools.predictor_training.ranks import firing_entropy, grown_rank, initial_ranks, layer_bytes, rank_ladder
+from hybrid_tools.predictor_training.ranks import (
+    firing_entropy,
+    grown_rank,
+    initial_ranks,
+    layer_bytes,
+    rank_ladder,
+    widest_rank,
+)
 from tests.hybrid_runtime.placement.made_up import mixture_of
 
 Q4, Q8, F32 = RowFormat("q4", 32), RowFormat("q8", 32), RowFormat("f32")
@@ -63,3 +70,14 @@ def test_the_step_that_gains_most_for_its_bytes_is_next():
     assert grown_rank(WIDE, Q4, ranks, [1.0, 5.0], sum(layer_bytes(WIDE, Q4, rank) for rank in ranks)) is None
     assert grown_rank(WIDE, Q4, [256, 256], [1.0, 5.0], ample) is None
     assert grown_rank(WIDE, Q4, [96, 256], [1.0, 5.0], ample) == (0, 128)
+    assert grown_rank(WIDE, Q4, [32, 96], [1.0, 5.0], ample, widest=96) == (0, 64)
+
+
+def test_no_layer_grows_beyond_what_memory_was_set_aside_for():
+    layers = [counts_of([500] * 384), counts_of([10] * 384)]
+    budget = 2 * layer_bytes(WIDE, Q4, 96)
+    widest = widest_rank(WIDE, Q4, layers, budget)
+    assert widest == max(
+        rank for rank in rank_ladder(WIDE, Q4) if rank <= 2 * max(initial_ranks(WIDE, Q4, layers, budget))
+    )
+    assert widest_rank(WIDE, Q4, layers, 0.0) == 64

@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 
 from hybrid_kernels.packed_matrix import Bundles
-from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_predictors.normed import NormedPredictor
 from hybrid_predictors.predictor import Predictor
-from hybrid_predictors.sketch import exact_gate, sign_sketch, svd_sketch
+from hybrid_predictors.sketch import MOST_INPUTS, exact_gate, sign_sketch, svd_sketch
 from hybrid_predictors.study import OraclePredictor, RandomPredictor
 from hybrid_predictors.thresholds import Quality, curve, spend
-from hybrid_runtime.config import ModelConfig
+from hybrid_runtime.config import StreamPoint
 from hybrid_runtime.engine import TrainedPredictors
 from hybrid_runtime.errors import UsageError
 from hybrid_runtime.evaluation.held_out import Losses, judged, window_losses
@@ -25,11 +24,10 @@ from hybrid_runtime.model.decoder import Decoder
 from hybrid_runtime.model.norms import apply_norm
 from hybrid_runtime.model.trained_predictors import load_predictors, with_predictors
 from hybrid_runtime.profiling.profile import Profile
-from hybrid_runtime.profiling.profile_file import read_header, read_samples
+from hybrid_runtime.profiling.profile_file import LayerSamples, read_header, read_samples
+from hybrid_tools.predictor_training.memory import SKETCH_ROWS, svd_ranks
 
-Q4 = RowFormat("q4", 32)
 MOST_VALUES = 1 << 24  # neurons times tokens of a layer that thresholds are set on, 64 MiB of logits
-SVD_RANK_SHARE = 1 / 4  # of hidden_size, where no trained ones say how wide
 RANDOM_NAMES = 1.6  # neurons for one that fires
 
 Layers = list[list[Predictor]]
@@ -94,7 +92,8 @@ def compare_kinds(
         if wanted and kind not in wanted:
             continue
         say(f"{kind} ...")
-        results.append(_result(kind, sequence, profile, make(), exact))
+        reads = trained.header.input if kind == "mlp" and trained is not None else config.predictor_input or "post_norm"
+        results.append(_result(kind, sequence, profile, make(), reads, exact))
         on_kind(results[-1])
     return results
 
@@ -109,21 +108,17 @@ class _Study:
         self._config = sequence.decoder.config
         self._folder = profile_folder
         self._recall = recall
-        self._ranks = None if trained is None else [layer.rank for layer in trained.header.layers]
+        self._ranks = svd_ranks(self._config, None if trained is None else trained.header)
 
     def sign(self) -> Layers:
         """The gate at 4 bits."""
-        return self._tuned(lambda _, bundles, __: sign_sketch(bundles, Q4))
+        return self._tuned(lambda _, bundles, __: sign_sketch(bundles, SKETCH_ROWS))
 
     def svd(self) -> Layers:
         """The gate at the trained ones' ranks."""
-        default = max(1, round(self._config.hidden_size * SVD_RANK_SHARE))
-
-        def make(layer_idx: int, bundles: Bundles, inputs: torch.Tensor) -> Predictor:
-            rank = default if self._ranks is None else self._ranks[layer_idx]
-            return svd_sketch(bundles, inputs, min(rank, bundles.num_neurons, bundles.hidden_size), Q4)
-
-        return self._tuned(make)
+        return self._tuned(
+            lambda layer_idx, bundles, inputs: svd_sketch(bundles, inputs(), self._ranks[layer_idx], SKETCH_ROWS)
+        )
 
     def exact_gate(self) -> Layers:
         """The gate, with the threshold of the activation."""
@@ -160,7 +155,8 @@ class _Study:
             normed.append(predictors if norm is None else [NormedPredictor(each, norm) for each in predictors])
         return normed
 
-    def _tuned(self, make: Callable[[int, Bundles, torch.Tensor], Predictor]) -> Layers:
+    def _tuned(self, make: Callable[[int, Bundles, Callable[[], torch.Tensor]], Predictor]) -> Layers:
+        """make: from the layer, a network, and what gives a sample of what it reads."""
         curves, layers = [], []
         for layer_idx, layer in enumerate(self._decoder.weights.layers):
             samples = read_samples(self._folder, self._config, layer_idx)
@@ -170,7 +166,7 @@ class _Study:
             for expert_idx, ffn in enumerate(layer.experts):
                 inputs, active = samples.of_expert(expert_idx, self._config.intermediate_size, most)
                 inputs = inputs if norm is None else norm(inputs)
-                predictor = make(layer_idx, ffn.bundles, inputs)
+                predictor = make(layer_idx, ffn.bundles, partial(_inputs_of, samples, expert_idx, norm))
                 made.append(predictor)
                 logits.append(predictor.logits(inputs, self._decoder.team))
                 fired.append(active)
@@ -185,15 +181,23 @@ class _Study:
 
 
 def _result(
-    kind: str, sequence: TokenSequence, profile: Profile, predictors: Sequence[Sequence[Predictor]], exact: Losses
+    kind: str,
+    sequence: TokenSequence,
+    profile: Profile,
+    predictors: Sequence[Sequence[Predictor]],
+    reads: StreamPoint,
+    exact: Losses,
 ) -> KindResult:
+    """reads: where these predictors read the stream, which need not be where the model's own do."""
     decoder = sequence.decoder
-    qualities, _ = judged(sequence, profile.held_out, predictors)
+    config = replace(decoder.config, predictor_input=reads)
+    shown = Decoder(config, decoder.weights, decoder.predictor_mode, decoder.team)
+    qualities, _ = judged(TokenSequence(shown, sequence.cache), profile.held_out, predictors, exact)
     total: Quality = qualities[0]
     for quality in qualities[1:]:
         total = total + quality
     weights = with_predictors(decoder.weights, predictors)
-    with_them = Decoder(_reading(decoder.config), weights, "trained", decoder.team)
+    with_them = Decoder(config, weights, "trained", decoder.team)
     losses = window_losses(TokenSequence(with_them, sequence.cache), profile.held_out)
     num_bytes = sum(map(_layer_bytes, predictors))
     neurons = sum(ffn.bundles.data.numel() for layer in decoder.weights.layers for ffn in layer.experts)
@@ -211,8 +215,12 @@ def _result(
     )
 
 
-def _reading(config: ModelConfig) -> ModelConfig:
-    return replace(config, predictor_input=config.predictor_input or "post_norm")
+def _inputs_of(
+    samples: LayerSamples, expert_idx: int, norm: Callable[[torch.Tensor], torch.Tensor] | None
+) -> torch.Tensor:
+    """float32 [n, H], of more tokens than thresholds are set on, as nobody asks what fired."""
+    inputs = samples.inputs[(samples.experts == expert_idx).any(1)][:MOST_INPUTS].float()
+    return inputs if norm is None else norm(inputs)
 
 
 def _layer_bytes(predictors: Sequence[Predictor]) -> int:

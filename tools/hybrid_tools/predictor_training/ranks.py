@@ -68,14 +68,25 @@ def initial_ranks(
         ranks[step[0]] = step[1]
 
 
+def widest_rank(config: ModelConfig, row_format: RowFormat, layers: Sequence[LayerCounts], budget_bytes: float) -> int:
+    """That any layer may grow to: twice what the whole budget gives to one at first. Memory is set aside for it."""
+    widest = 2 * max(initial_ranks(config, row_format, layers, budget_bytes))
+    return max(rank for rank in rank_ladder(config, row_format) if rank <= widest)
+
+
 def grown_rank(
-    config: ModelConfig, row_format: RowFormat, ranks: Sequence[int], excess: Sequence[float], budget_bytes: float
+    config: ModelConfig,
+    row_format: RowFormat,
+    ranks: Sequence[int],
+    excess: Sequence[float],
+    budget_bytes: float,
+    widest: int | None = None,
 ) -> tuple[int, int] | None:
     """Layer and its next rank where that promises most for its bytes; None where no step fits the budget.
 
-    excess: what each layer could gain, such as the neurons that it names beyond those that fire.
+    excess: what each layer could gain, such as the neurons that it names beyond those that fire. widest: no rank above.
     """
-    ladder = rank_ladder(config, row_format)
+    ladder = [rank for rank in rank_ladder(config, row_format) if widest is None or rank <= widest]
     spent = sum(layer_bytes(config, row_format, rank) for rank in ranks)
     best: tuple[float, int, int] | None = None
     for layer_idx, rank in enumerate(ranks):

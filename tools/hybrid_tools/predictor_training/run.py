@@ -4,6 +4,9 @@ What is finished of a layer lies in work/ under its rank, so that a run that was
 thresholds are set for all layers together. After each round the model is tried on the profile's held-out text, which
 nothing was trained on; if its quality does not hold yet, the layer that promises most for its bytes gets wider. The
 last round's predictors take the place of those that were there before, at the very end.
+
+A round with wider layers trains and packs those alone. What the neurons of the exact model do is computed in every one,
+as thresholds move together and active sets are too large to keep; its losses are computed once.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,15 +22,15 @@ import filelock
 import torch
 
 from hybrid_kernels.quantization.row_format import RowFormat
-from hybrid_predictors.predictor import Predictor
+from hybrid_predictors.mlp import MlpPredictor
 from hybrid_predictors.thresholds import Curve, Quality, curve, spend
 from hybrid_predictors.training import LayerSample, TrainingOptions, train_layer
 from hybrid_runtime.engine import OpenModel
 from hybrid_runtime.errors import UsageError
-from hybrid_runtime.evaluation.held_out import judged, window_losses
+from hybrid_runtime.evaluation.held_out import Losses, judged, window_losses
 from hybrid_runtime.generation.sequence import TokenSequence
 from hybrid_runtime.model.decoder import Decoder
-from hybrid_runtime.model.trained_predictors import load_predictors, pack_layer, with_predictors
+from hybrid_runtime.model.trained_predictors import pack_layer, with_predictors
 from hybrid_runtime.profiling.profile import Profile
 from hybrid_runtime.profiling.profile_file import read_header as read_profile_header
 from hybrid_runtime.profiling.profile_file import read_samples
@@ -35,14 +38,16 @@ from hybrid_runtime.store.beside import store_digest
 from hybrid_runtime.store.predictor_files import (
     FORMAT_NAME,
     FORMAT_VERSION,
+    PREDICTORS,
     LayerPredictors,
     PredictorHeader,
+    has_predictors,
     layer_path,
     read_layer,
     write_header,
     write_layer,
 )
-from hybrid_tools.predictor_training.ranks import ffn_bytes, grown_rank, initial_ranks, layer_bytes
+from hybrid_tools.predictor_training.ranks import ffn_bytes, grown_rank, initial_ranks, layer_bytes, widest_rank
 
 VALIDATION_SHARE = 0.1
 FIRST_SHARE = 0.8
@@ -50,7 +55,7 @@ MARGIN = 0.001  # thresholds are set for this much more recall than is asked: ot
 LEAST_RECALL = 0.9  # of every layer: a layer that is sacrificed for others may matter more than its neurons' number
 LOCK = ".lock"
 WORK = "work"
-ROUND = "round"  # in there: the latest round's predictors
+READY = "ready"  # in there: data that is being written, moved when it is whole
 TIMED_TOKENS = 64
 
 Say = Callable[[str], None]
@@ -77,7 +82,8 @@ class PredictorRequest:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a round came to, on held-out text. by_layer: qualities; loss: relative increase of the perplexity, and its
-    standard error; share: bytes over the neurons' bytes; share_of_time: of a decoded token's feed-forward networks.
+    standard error, NaN before they are measured; share: bytes over the neurons' bytes; share_of_time: of a decoded
+    token's feed-forward networks.
     """
 
     header: PredictorHeader
@@ -158,56 +164,70 @@ class _Run:
         self._request = request
         self._say = say
         self._digest = store_digest(opened.store)
-        num_samples = read_profile_header(profile_folder).num_samples
-        key = (self._digest, profile.texts, num_samples, request.row_format, request.num_epochs, request.has_relu)
-        self._key = hashlib.sha256(repr((*key, request.recall)).encode()).hexdigest()[:16]
+        sample = read_profile_header(profile_folder)  # its data's name is that of the text, the windows and the sample
+        trained_on = (self._digest, sample.data, sample.num_samples, profile.texts)
+        settings = (request.row_format, request.num_epochs, request.has_relu, request.recall)
+        self._key = hashlib.sha256(repr((trained_on, settings)).encode()).hexdigest()[:16]
         self._work = folder / WORK
-        self._round = self._work / ROUND
         if request.restarts:
             shutil.rmtree(self._work, ignore_errors=True)
         self._curves: dict[tuple[int, int], Curve] = {}
+        self._packed: dict[int, list[MlpPredictor]] = {}  # by layer, of its latest rank, without a threshold yet
+        self._exact: Losses | None = None
         self._neuron_bytes = ffn_bytes(self._config, opened.store.manifest.quantization)
 
     def rounds(self) -> Outcome:
-        """All rounds; the last one's predictors are left in work/."""
+        """All rounds; the weights of the last one are left in work/."""
         config, request = self._config, self._request
         budget = request.most_share * self._neuron_bytes * config.num_hidden_layers
+        widest = widest_rank(config, request.row_format, self._profile.layers, budget)
         ranks = initial_ranks(config, request.row_format, self._profile.layers, budget * request.first_share)
         while True:
             for layer_idx, rank in enumerate(ranks):
                 self._train(layer_idx, rank)
             outcome = self._try(ranks)
+            excess = [quality.named - quality.fired for quality in outcome.by_layer]
+            step = grown_rank(config, request.row_format, ranks, excess, budget, widest)
+            if step is None or not outcome.misses(request):  # else it makes no difference what the model loses
+                outcome = self._with_losses(outcome)
             misses = outcome.misses(request)
             self._say(f"ranks {' '.join(map(str, ranks))}: {'; '.join(misses) or 'everything wanted holds'}")
-            excess = [quality.named - quality.fired for quality in outcome.by_layer]
-            step = grown_rank(config, request.row_format, ranks, excess, budget)
             if not misses or step is None:
                 return replace(outcome, share_of_time=self._share_of_time(outcome.header))
             ranks[step[0]] = step[1]
 
     def publish(self, header: PredictorHeader) -> None:
-        """Put the last round's predictors into the folder; nothing is left of work/."""
-        shutil.rmtree(self._folder / header.data, ignore_errors=True)
-        (self._round / header.data).rename(self._folder / header.data)
+        """Put the last round's predictors into the folder; nothing is left of work/. Killed, the old ones hold."""
+        ready = self._work / READY
+        shutil.rmtree(ready, ignore_errors=True)
+        ready.mkdir()
+        for layer_idx, layer in enumerate(header.layers):
+            weights = read_layer(self._work_folder(layer.rank), self._config, layer_idx, layer.rank)
+            write_layer(ready, self._config, layer_idx, weights)
+        shutil.rmtree(self._folder / header.data, ignore_errors=True)  # of a run that was killed right here
+        ready.rename(self._folder / header.data)
         write_header(self._folder, header)
         shutil.rmtree(self._work, ignore_errors=True)
 
     def _share_of_time(self, header: PredictorHeader) -> float:
         """Decoding held-out tokens one by one, by the kernels' own counters."""
-        decoder, cache = (
-            self._decoder_with(load_predictors(self._round, header, self._config), header),
-            self._sequence.cache,
-        )
+        decoder, cache = self._decoder_with(header), self._sequence.cache
         cache.truncate(0)
         for token in self._profile.held_out[0, :TIMED_TOKENS].long():
             decoder.forward(token.view(1), cache)
         ticks = decoder.program_of(cache).ticks_by_label()
         return ticks["predictor"] / (ticks["predictor"] + ticks["neurons"])
 
-    def _decoder_with(self, predictors: Sequence[Sequence[Predictor]], header: PredictorHeader) -> Decoder:
+    def _predictors(self, header: PredictorHeader) -> list[list[MlpPredictor]]:
+        return [
+            [replace(predictor, threshold=layer.threshold) for predictor in self._packed[layer_idx]]
+            for layer_idx, layer in enumerate(header.layers)
+        ]
+
+    def _decoder_with(self, header: PredictorHeader) -> Decoder:
         decoder = self._sequence.decoder
         config = replace(self._config, predictor_input=header.input)
-        return Decoder(config, with_predictors(decoder.weights, predictors), "trained", decoder.team)
+        return Decoder(config, with_predictors(decoder.weights, self._predictors(header)), "trained", decoder.team)
 
     def _train(self, layer_idx: int, rank: int) -> None:
         """Have the layer's weights of this rank in work/, and its curve in memory."""
@@ -242,6 +262,7 @@ class _Run:
         """What thresholds cost, by the logits that the kernels compute."""
         weights = read_layer(self._work_folder(rank), self._config, layer_idx, rank)
         packed = pack_layer(weights, self._request.row_format, 0.0, has_relu=self._request.has_relu)
+        self._packed[layer_idx] = packed
         team = self._sequence.decoder.team
         parts = [
             (packed[expert_idx].logits(validation.inputs[tokens].float(), team), active)
@@ -250,34 +271,35 @@ class _Run:
         return curve([logits for logits, _ in parts], [active for _, active in parts])
 
     def _try(self, ranks: list[int]) -> Outcome:
-        """Set the thresholds, leave the predictors in work/, and see what they do on held-out text."""
-        request, config = self._request, self._config
+        """Set the thresholds, and see what the predictors find on held-out text; what the model loses is not known."""
         curves = [self._curves[layer_idx, rank] for layer_idx, rank in enumerate(ranks)]
-        chosen = spend(curves, min(1.0, request.recall + MARGIN), LEAST_RECALL)
+        chosen = spend(curves, min(1.0, self._request.recall + MARGIN), LEAST_RECALL)
         thresholds = [_finite(each, idx) for each, idx in zip(curves, chosen, strict=True)]
-        header = self._save(ranks, thresholds)
-        predictors = load_predictors(self._round, header, config)
-        qualities, exact = judged(self._sequence, self._profile.held_out, predictors)
-        with_them = TokenSequence(self._decoder_with(predictors, header), self._sequence.cache)
-        losses = window_losses(with_them, self._profile.held_out)
-        header = replace(
-            header,
-            layers=tuple(map(_with_quality, header.layers, qualities)),
-            perplexity=losses.perplexity,
-            exact_perplexity=exact.perplexity,
-        )
-        share = header.num_bytes / (self._neuron_bytes * config.num_hidden_layers)
-        return Outcome(header, tuple(qualities), *losses.increase_over(exact), share)
+        header = self._header(ranks, thresholds)
+        predictors = self._predictors(header)
+        qualities, self._exact = judged(self._sequence, self._profile.held_out, predictors, self._exact)
+        header = replace(header, layers=tuple(map(_with_quality, header.layers, qualities)))
+        share = header.num_bytes / (self._neuron_bytes * self._config.num_hidden_layers)
+        return Outcome(header, tuple(qualities), math.nan, math.nan, share)
 
-    def _save(self, ranks: list[int], thresholds: list[float]) -> PredictorHeader:
-        data = f"data-{hashlib.sha256(repr((self._key, ranks)).encode()).hexdigest()[:16]}"
-        shutil.rmtree(self._round, ignore_errors=True)
-        (self._round / data).mkdir(parents=True)
-        layers = []
-        for layer_idx, (rank, threshold) in enumerate(zip(ranks, thresholds, strict=True)):
-            weights = read_layer(self._work_folder(rank), self._config, layer_idx, rank)
-            write_layer(self._round / data, self._config, layer_idx, weights)
-            layers.append(LayerPredictors(rank, threshold, layer_bytes(self._config, self._request.row_format, rank)))
+    def _with_losses(self, outcome: Outcome) -> Outcome:
+        """With what the model loses by the predictors on held-out text."""
+        assert self._exact is not None
+        sequence = TokenSequence(self._decoder_with(outcome.header), self._sequence.cache)
+        losses = window_losses(sequence, self._profile.held_out)
+        header = replace(outcome.header, perplexity=losses.perplexity, exact_perplexity=self._exact.perplexity)
+        loss, error = losses.increase_over(self._exact)
+        return replace(outcome, header=header, loss=loss, loss_error=error)
+
+    def _header(self, ranks: list[int], thresholds: list[float]) -> PredictorHeader:
+        """Names data that the folder's own header cannot name: it is part of what the name is made of."""
+        before = (self._folder / PREDICTORS).read_bytes() if has_predictors(self._folder) else b""
+        data = hashlib.sha256(repr((self._key, ranks, before)).encode()).hexdigest()[:16]
+        row_format = self._request.row_format
+        layers = [
+            LayerPredictors(rank, threshold, layer_bytes(self._config, row_format, rank))
+            for rank, threshold in zip(ranks, thresholds, strict=True)
+        ]
         return PredictorHeader(
             format=FORMAT_NAME,
             version=FORMAT_VERSION,
@@ -286,12 +308,12 @@ class _Run:
             source=f"hybrid-predictors train, {self._profile.num_tokens} tokens profiled",
             input=self._config.predictor_input or "post_norm",
             has_relu=self._request.has_relu,
-            row_kind=self._request.row_format.kind,
-            row_group=self._request.row_format.group,
+            row_kind=row_format.kind,
+            row_group=row_format.group,
             layers=tuple(layers),
             perplexity=None,
             exact_perplexity=None,
-            data=data,
+            data=f"data-{data}",
         )
 
     def _sample(self, layer_idx: int) -> LayerSample:
