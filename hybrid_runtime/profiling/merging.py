@@ -34,6 +34,7 @@ def merge_profiles(store: Store, sources: Sequence[Path], folder: Path, sample_b
     if len({path.resolve() for path in sources}) < 2:
         raise UsageError("--merge: name at least two folders, each once")
     total = merged({str(source): read_profile(source, config, digest) for source in sources})
+    _require_samples(sources, sample_bytes)
     kept = _kept(store, sources, sample_bytes)
     key = "".join(read_header(source).data for source in sources) + str(len(kept))
     data = f"data-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -52,6 +53,16 @@ def merge_profiles(store: Store, sources: Sequence[Path], folder: Path, sample_b
     except filelock.Timeout as error:
         raise UsageError(f"{folder}: another run writes its profile here; wait for it") from error
     return read_profile(folder, config, digest)
+
+
+def _require_samples(sources: Sequence[Path], sample_bytes: int) -> None:
+    """Raise UsageError where some have a sample and others none: of the latter's texts no uniform one can be made."""
+    without = [source for source in sources if read_header(source).num_samples == 0]
+    if sample_bytes and without and len(without) < len(sources):
+        raise UsageError(
+            f"--merge {without[0]}: has no sample, so the profiles together could not have one; profile its text "
+            "again with --samples, or give --samples 0 to add up counts alone"
+        )
 
 
 def _kept(store: Store, sources: Sequence[Path], sample_bytes: int) -> torch.Tensor:

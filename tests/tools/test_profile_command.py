@@ -164,6 +164,35 @@ def test_merge_adds_up(store, made, tmp_path, run):
     assert values["folder"] == str(store / "profile")
 
 
+def test_merging_drops_no_sample_in_silence(store, made, tmp_path, run):
+    for name, samples in (("text", "1M"), ("other", "0")):
+        options = ("--text", made / name, *OPTIONS, "--samples", samples, "-o", tmp_path / name)
+        assert run(store, *options)[0] == 0
+    merge = (store, "--merge", tmp_path / "text", "--merge", tmp_path / "other")
+    code, _, err = run(*merge)
+    assert code == 2
+    assert f"--merge {tmp_path / 'other'}: has no sample, so the profiles together could not have one" in err[-1]
+    assert not (store / "profile" / "profile.json").exists()
+    code, _, err = run(*merge, "--samples", "0")
+    assert code == 0, err
+    assert json.loads((store / "profile" / "profile.json").read_text())["num_samples"] == 0
+
+
+def test_text_that_ends_early_is_told(store, made, run):
+    code, _, err = run(store, "--text", made / "text", *OPTIONS, "--tokens", "1000000")
+    assert code == 0, err
+    (line,) = [line for line in err if line.startswith("the text ended after ")]
+    assert line.endswith(" of 1000000 tokens")
+
+
+@pytest.mark.parametrize("option", ["--tokens", "--window", "--restart", "--ram"])
+def test_options_that_merging_does_nothing_with_are_refused(store, tmp_path, run, option):
+    value = () if option == "--restart" else ("100",)
+    code, _, err = run(store, "--merge", tmp_path / "a", "--merge", tmp_path / "b", option, *value)
+    assert code == 2
+    assert f"{option} does nothing with --merge, which reads no text; leave it out" in err[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -186,6 +215,7 @@ def test_merge_adds_up(store, made, tmp_path, run):
         (("--text", "{empty}"), "{empty}: has fewer than 16 tokens"),
         (("--text", "{bytes}"), "--text {bytes}: is not UTF-8 text"),
         (("--text", "{broken}"), "--text {broken}: is not a whole gzip file"),
+        (("--powerinfer", "{store}", "--samples", "1M"), "--samples does nothing with --powerinfer"),
         (("--merge", "{store}"), "--merge: name at least two folders, each once"),
         (("--merge", "{text}", "--merge", "{short}"), "{text}: has no profile.json; run hybrid-profile again"),
         (("--merge", "{store}", "--merge", "{store}/none"), "{store}: has no profile.json; run hybrid-profile again"),
@@ -204,7 +234,8 @@ def test_bad_input_is_refused_by_name(arguments, message, store, made, tmp_path,
         names[name] = tmp_path / (f"{name}.gz" if name == "broken" else name)
         names[name].write_bytes(data)
     given = [each.format(**names) for each in arguments]
-    assert message.format(**names) in refused(store, *OPTIONS, *given)
+    reads = "--text" in given or not given
+    assert message.format(**names) in refused(store, *(OPTIONS if reads else ()), *given)
     assert not (store / "profile" / "profile.json").exists()
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
     from hybrid_runtime.stores import ModelRequest
 
 DEFAULT_TOKENS = 200_000
+IDLE_OPTIONS = {"merge": ("tokens", "window", "restart", "ram"), "powerinfer": ("window", "samples", "ram")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,7 @@ def _run(settings: Settings) -> int:
             "give --text FILE to read text, --merge DIR to add up profiles, or --powerinfer DIR to import counts, and "
             "one of them only"
         )
+    _refuse_idle_options(settings)
     if settings.text:
         _show(settings, *_count(settings))
         return 0
@@ -131,6 +133,15 @@ def _run(settings: Settings) -> int:
     else:
         _show(settings, _merge(settings, store, folder), folder)
     return 0
+
+
+def _refuse_idle_options(settings: Settings) -> None:
+    """Raise UsageError for an option that was given and would do nothing."""
+    context = click.get_current_context()
+    for way, idle in IDLE_OPTIONS.items():
+        for name in idle if getattr(settings, way) else ():
+            if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+                raise UsageError(f"--{name} does nothing with --{way}, which reads no text; leave it out")
 
 
 def _folder(settings: Settings, store: Store) -> Path:
@@ -227,6 +238,8 @@ def _count(settings: Settings) -> tuple[Profile, Path]:
         progress.done()
     if was_there:
         say("this text was profiled before; --restart does it again")
+    if profile.num_tokens < tokens:
+        say(f"the text ended after {profile.num_tokens} of {tokens} tokens")
     return profile, folder
 
 
