@@ -32,7 +32,7 @@ def documented_commands() -> list[str]:
 
 def made_up_speeds(*_arguments, **_options) -> MachineSpeeds:
     """Measuring takes many seconds and is tested elsewhere."""
-    kernel = KernelSpeeds("q8", 32, 1, 2e-6, 2e-8, 2e10, 2e10, 1.5e10, 1e-10)
+    kernel = KernelSpeeds("q8", 32, 1, 2e-6, 2e-8, 2e10, 2e10, 1.5e10, 1.8e10, 1e-10)
     assert kernel.row_format == RowFormat("q8", 32)
     return MachineSpeeds(
         1, "0" * 64, "2026-11-23T00:00:00Z", "a CPU", 1, 1 << 25, 2e10, DiskSpeeds(3e4, 7e8, True), None, (kernel,)

@@ -51,7 +51,7 @@ def test_text_goes_to_stdout_and_the_summary_to_stderr(run):
     assert model == "model    llama (llama), f32"
     assert re.fullmatch(r"prefill  3 tokens, [\d.]+ tokens/s, first token after \d+\.\d\d s", prefill)
     assert re.fullmatch(r"decode   12 tokens, [\d.]+ tokens/s, ended by --max-tokens", decode)
-    assert re.fullmatch(r"memory   peak [\d.]+ MiB, planned [\d.]+ MiB", memory)
+    assert re.fullmatch(r"memory   peak [\d.]+ [MG]iB, planned [\d.]+ [MG]iB", memory)
 
 
 def test_json_is_one_object_and_nothing_else(run):
@@ -228,7 +228,7 @@ def test_ram_that_does_not_do_is_refused_before_anything_is_written(models, run,
     cache = tmp_path / "cache"
     code, out, err = run(*GREEDY, "--ram", "64M", "--cache-dir", str(cache))
     assert (code, out, len(err)) == (2, "", 1)
-    assert re.match(r"hybrid-run: --ram 64\.00 MiB: the model needs [\d.]+ MiB \(.*weights.*KV cache", err[0])
+    assert re.match(r"hybrid-run: --ram 64\.00 MiB: the model needs [\d.]+ [MG]iB \(.*weights.*KV cache", err[0])
     assert not cache.exists()
     enough = re.search(r"give at least --ram (\d+M)", err[0])[1]
     assert run(*GREEDY, "--ram", enough, "--cache-dir", str(cache))[0] == 0
