@@ -19,29 +19,37 @@ from hybrid_runtime.profiling.profile_file import (
     write_counts,
 )
 from hybrid_runtime.profiling.run import LOCK
-from hybrid_runtime.profiling.samples import SampleShape
+from hybrid_runtime.profiling.samples import SampleShape, require_disk
+from hybrid_runtime.progress import NoProgress, Progress
 from hybrid_runtime.store.beside import store_digest
 from hybrid_runtime.store.reader import Store
 from hybrid_runtime.tensor_files import write_tensors
 
 
-def merge_profiles(store: Store, sources: Sequence[Path], folder: Path, sample_bytes: int) -> Profile:
+def merge_profiles(
+    store: Store, sources: Sequence[Path], folder: Path, sample_bytes: int, progress: Progress | None = None
+) -> Profile:
     """Leave in folder, which may be one of the sources, the profile over all their texts.
 
-    Raises UsageError for profiles that cannot be added up, CheckpointError for folders that hold none.
+    Raises UsageError for profiles that cannot be added up, CheckpointError for folders that hold none, BudgetError
+    without room on the disk.
     """
+    progress = progress or NoProgress()
     config, digest = store.manifest.config, store_digest(store)
     if len({path.resolve() for path in sources}) < 2:
         raise UsageError("--merge: name at least two folders, each once")
     total = merged({str(source): read_profile(source, config, digest) for source in sources})
-    _require_samples(sources, sample_bytes)
-    kept = _kept(store, sources, sample_bytes)
+    shape = SampleShape.of(config)
+    _require_samples(sources, shape.rows_in(sample_bytes))
+    kept = _kept(store, sources, shape.rows_in(sample_bytes))
     key = "".join(read_header(source).data for source in sources) + str(len(kept))
     data = f"data-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / LOCK, timeout=0):
+            require_disk(folder, shape, len(kept), copies=1)
             (folder / data).mkdir(exist_ok=True)
+            progress.start(f"merging {len(sources)} profiles", config.num_hidden_layers, "layers")
             for layer_idx in range(config.num_hidden_layers):
                 layers = [read_samples(source, config, layer_idx) for source in sources]
                 tensors = {
@@ -49,23 +57,29 @@ def merge_profiles(store: Store, sources: Sequence[Path], folder: Path, sample_b
                     for name in ("priorities", "inputs", "experts", "active")
                 }
                 write_tensors(samples_path(folder / data, layer_idx), tensors, {})
+                progress.advance(1)
             write_counts(folder, total, len(kept), data)
     except filelock.Timeout as error:
         raise UsageError(f"{folder}: another run writes its profile here; wait for it") from error
+    finally:
+        progress.done()
     return read_profile(folder, config, digest)
 
 
-def _require_samples(sources: Sequence[Path], sample_bytes: int) -> None:
-    """Raise UsageError where some have a sample and others none: of the latter's texts no uniform one can be made."""
+def _require_samples(sources: Sequence[Path], most: int) -> None:
+    """Raise UsageError where some have a sample and some none: of the latter's tokens nothing is known to choose from.
+
+    most: tokens that the merged sample may have.
+    """
     without = [source for source in sources if read_header(source).num_samples == 0]
-    if sample_bytes and without and len(without) < len(sources):
+    if most and 0 < len(without) < len(sources):
         raise UsageError(
-            f"--merge {without[0]}: has no sample, so the profiles together could not have one; profile its text "
-            "again with --samples, or give --samples 0 to add up counts alone"
+            f"--merge {without[0]}: has no sample of its tokens, so the merged profile could have none; leave it out, "
+            "profile its text again with --samples, or give --samples 0 to add up the counts alone"
         )
 
 
-def _kept(store: Store, sources: Sequence[Path], sample_bytes: int) -> torch.Tensor:
+def _kept(store: Store, sources: Sequence[Path], most: int) -> torch.Tensor:
     """Which tokens of all samples, side by side, make a uniform sample of all texts: int64 indices by priority.
 
     A sample that left tokens out holds every token of its text below its own largest priority, and says nothing of
@@ -83,4 +97,4 @@ def _kept(store: Store, sources: Sequence[Path], sample_bytes: int) -> torch.Ten
     order = together.argsort(stable=True)
     if bounds:
         order = order[together[order] <= min(bounds)]
-    return order[: SampleShape.of(config).rows_in(sample_bytes)]
+    return order[:most]

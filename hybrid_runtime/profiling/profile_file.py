@@ -1,6 +1,6 @@
 """A profile on disk: a folder whose profile.json, written last, names the data that belongs to it.
 
-profile.json                          what was profiled, on what; the data folder, and its counts' digest
+profile.json                          what was profiled, on what; the data folder, and its files' digests
 data-<id>/counts.safetensors          `LayerCounts` of every layer, the watched neurons, held-out tokens
 data-<id>/samples-<layer>.safetensors the layer's part of the sample (samples.py)
 work/                                 an unfinished run (run.py)
@@ -38,7 +38,10 @@ CHUNK_BYTES = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """profile.json. num_samples: tokens of the sample; data: name of the folder; counts_sha256: of its counts."""
+    """profile.json. num_samples: tokens of the sample; data: name of the folder; counts_sha256: of its counts.
+
+    samples_sha256: of each layer's part of the sample; none in profiles that were made before there were any.
+    """
 
     format: str
     version: int
@@ -49,6 +52,7 @@ class Header:
     num_samples: int
     data: str
     counts_sha256: str
+    samples_sha256: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,10 @@ class LayerSamples:
 
 
 def write_counts(folder: Path, profile: Profile, num_samples: int, data: str) -> None:
-    """Make the profile the folder's: counts, then profile.json, then away with what it no longer names."""
+    """Make the profile the folder's: counts, then profile.json, then away with what it no longer names.
+
+    The samples lie in the data's folder already.
+    """
     tensors = {"watched": profile.watched, "held_out": profile.held_out}
     write_tensors(folder / data / COUNTS, tensors | layer_tensors(profile.layers), {})
     header = {
@@ -85,6 +92,7 @@ def write_counts(folder: Path, profile: Profile, num_samples: int, data: str) ->
         "num_samples": num_samples,
         "data": data,
         "counts_sha256": _sha256(folder / data / COUNTS),
+        "samples_sha256": [_sha256(samples_path(folder / data, idx)) for idx in range(len(profile.layers))],
     }
     write_whole(folder / PROFILE, (json.dumps(header, indent=1) + "\n").encode())
     remove_other_data(folder, data)
@@ -114,7 +122,7 @@ def read_header(folder: Path) -> Header:
             f"{FORMAT_VERSION}; {REMEDY}"
         )
     try:
-        header = from_json(Header, values, PROFILE)
+        header = from_json(Header, {"samples_sha256": [], **values}, PROFILE)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}; {REMEDY}") from error
     if not DATA_NAME.fullmatch(header.data):
@@ -201,6 +209,10 @@ def read_samples(folder: Path, config: ModelConfig, layer_idx: int) -> LayerSamp
         "active": ((count, shape.num_slots, shape.active_bytes), torch.uint8),
     }
     path = samples_path(folder / header.data, layer_idx)
+    if header.samples_sha256 and path.is_file():
+        digest = header.samples_sha256[layer_idx] if layer_idx < len(header.samples_sha256) else None
+        if _sha256(path) != digest:
+            raise CheckpointError(f"{path}: is not as {PROFILE} has it; {REMEDY}")
     samples = LayerSamples(**read_tensors(path, expected, REMEDY))
     experts, priorities = samples.experts, samples.priorities
     if not bool(((experts >= 0) & (experts < max(1, config.num_experts))).all()):

@@ -50,9 +50,11 @@ from hybrid_runtime.profiling.samples import (
     SampleFile,
     SampleShape,
     WindowSampler,
+    require_disk,
     token_priorities,
 )
 from hybrid_runtime.profiling.windows import require_windows, text_digest, token_windows
+from hybrid_runtime.progress import NoProgress, Progress
 from hybrid_runtime.store.beside import store_digest
 from hybrid_runtime.store.reader import Store
 from hybrid_runtime.strict_json import parse_json_object
@@ -72,6 +74,8 @@ RESTART = "give --restart to begin anew"
 COPIED_COUNTS = 5  # the state, the one on disk, the window's, their sum, and what is written
 COPIED_ROWS = 3  # of a layer of the sample: as they were sampled, sorted, and as they are written
 COPIED_PRIORITIES = 6  # before and after a window, side by side, their order
+BLOCK_BYTES = 512  # what st_blocks counts
+MOST_UNPACKED = 1032  # bytes of text in a byte of gzip
 
 OnWindow = Callable[[int], None]
 """Gets the number of tokens that were counted so far; first of all, before any window, those of an earlier run."""
@@ -118,18 +122,21 @@ def make_profile(
     request: ProfileRequest,
     folder: Path,
     on_window: OnWindow,
+    progress: Progress | None = None,
 ) -> tuple[Profile, bool]:
     """The profile of the request, and whether it was there already. It is left in folder.
 
-    sequence: the model in its exact mode, with a context of at least one window. Raises UsageError when another run
-    writes there, or one with other settings is unfinished.
+    sequence: the model in its exact mode, with a context of at least one window. progress: of the steps before and
+    after the windows. Raises UsageError when another run writes there, or one with other settings is unfinished;
+    BudgetError, before any window, where the disk has no room for the sample.
     """
-    text = text_digest(request.files)
+    progress = progress or NoProgress()
+    text = text_digest(request.files, progress)
     data = _data_name(store, request, text)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / LOCK, timeout=0):
-            if not request.restarts and (profile := _finished(store, folder, data, text)) is not None:
+            if not request.restarts and (profile := _finished(store, folder, data, text, progress)) is not None:
                 _tidy(folder)
                 return profile, True
             if request.restarts:
@@ -138,8 +145,9 @@ def make_profile(
             run = _Run(store, sequence, request, folder, data)
             try:
                 run.count(tokenizer, on_window)
-                run.finish(text)
+                run.finish(text, progress)
             finally:
+                progress.done()
                 run.close()
             _tidy(folder)
     except filelock.Timeout as error:
@@ -147,17 +155,21 @@ def make_profile(
     return read_profile(folder, store.manifest.config, store_digest(store)), False
 
 
-def _finished(store: Store, folder: Path, data: str, text: str) -> Profile | None:
+def _finished(store: Store, folder: Path, data: str, text: str, progress: Progress) -> Profile | None:
     """The folder's profile, if it is this one and all of it is sound; one that is damaged is made again."""
     config = store.manifest.config
     try:
         if not has_profile(folder) or read_header(folder).data != data:
             return None
+        progress.start("checking the profile that is there", config.num_hidden_layers, "layers")
         for layer_idx in range(config.num_hidden_layers):
             read_samples(folder, config, layer_idx)
+            progress.advance(1)
         profile = read_profile(folder, config, store_digest(store))
     except CheckpointError:
         return None
+    finally:
+        progress.done()
     return profile if [each.sha256 for each in profile.texts] == [text] else None
 
 
@@ -202,6 +214,7 @@ class _Run:
         self._shape = SampleShape.of(self._config)
         self._state = self._resumed() if (self._work / STATE).exists() else self._fresh()
         self._saved = self._state
+        self._require_disk()
         self._samples = SampleFile(self._work / RAW_SAMPLES, self._shape, self._state.reservoir.num_slots)
 
     def count(self, tokenizer: Tokenizer, on_window: OnWindow) -> None:
@@ -226,19 +239,21 @@ class _Run:
             self._save()
             raise
 
-    def finish(self, text: str) -> None:
+    def finish(self, text: str, progress: Progress) -> None:
         """Sort the sample and write everything in its lasting form. text: its digest."""
         state = self._state
         priorities = state.reservoir.priorities()
         order = np.argsort(priorities, kind="stable")
         data = self._folder / self._data
         data.mkdir(exist_ok=True)
+        progress.start("writing the sample", self._config.num_hidden_layers, "layers")
         for layer_idx in range(self._config.num_hidden_layers):
             rows = self._samples.read(layer_idx, len(order))
             tensors = {name: torch.from_numpy(rows[name][order]) for name in ("inputs", "experts", "active")}
             tensors["priorities"] = torch.from_numpy(priorities[order])
             del rows  # a layer of the sample may be hundreds of MB, and is copied once more when it is written
             write_tensors(samples_path(data, layer_idx), tensors, {})
+            progress.advance(1)
         manifest = self._store.manifest
         profile = Profile(
             manifest.model,
@@ -254,6 +269,13 @@ class _Run:
     def close(self) -> None:
         """Close the files."""
         self._samples.close()
+
+    def _require_disk(self) -> None:
+        """Room for the raw rows and the finished ones, of which an earlier run may have left some."""
+        num_tokens = min(self._state.reservoir.num_slots, _most_tokens(self._request))
+        files = (self._work / RAW_SAMPLES, *(self._folder / self._data).glob("*"))
+        held = sum(path.stat().st_blocks * BLOCK_BYTES for path in files if path.is_file())
+        require_disk(self._folder, self._shape, num_tokens, copies=2, held_bytes=held)
 
     def _after(self, tokens: torch.Tensor, idx: int) -> _State:
         """The state with one window more."""
@@ -338,6 +360,14 @@ def _read_progress(path: Path) -> _Progress:
         return from_json(_Progress, parse_json_object(text.encode(), f"{path}: run", remedy=RESTART), "run")
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}; {RESTART}") from error
+
+
+def _most_tokens(request: ProfileRequest) -> int:
+    """No fewer than will be counted: a byte of text is a token at most, and a document begins with one or two more."""
+    if request.num_tokens is not None:
+        return -(-request.num_tokens // request.window) * request.window
+    sizes = (path.stat().st_size * (MOST_UNPACKED if path.suffix == ".gz" else 1) for path in request.files)
+    return 2 * sum(sizes) + 2 * len(request.files)
 
 
 def profiling_bytes(config: ModelConfig, request: ProfileRequest) -> int:

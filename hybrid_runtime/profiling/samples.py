@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import BudgetError
 from hybrid_runtime.model.observer import FfnPass
+from hybrid_runtime.sizes import format_bytes
 
 LARGEST_FLOAT16 = 65504.0
 PRIORITY_BYTES = 8
@@ -71,6 +73,21 @@ class SampleShape:
     def raw_bytes(self, num_slots: int) -> int:
         """Length of the raw file."""
         return self.num_layers * num_slots * self.row.itemsize
+
+
+def require_disk(folder: Path, shape: SampleShape, num_tokens: int, *, copies: int, held_bytes: int = 0) -> None:
+    """Raise BudgetError, before anything is computed, where the disk has no room for a sample of so many tokens.
+
+    copies: how often it lies there until it is finished; held_bytes: what of it is there already.
+    """
+    needed = copies * num_tokens * shape.num_layers * (shape.row.itemsize + PRIORITY_BYTES) - held_bytes
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        most = (free + held_bytes) // copies >> 20
+        raise BudgetError(
+            f"{folder}: the sample takes {format_bytes(needed)} until it is finished, the disk has "
+            f"{format_bytes(free)} free; make room, give at most --samples {most}M, or another -o DIR"
+        )
 
 
 def token_priorities(tokens: torch.Tensor, window_idx: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from hybrid_runtime.errors import UsageError
+from hybrid_runtime.progress import NoProgress, Progress
 from hybrid_runtime.text.documents import check_text_file, read_documents
 from hybrid_runtime.text.tokenizer import Tokenizer
 
@@ -16,16 +17,23 @@ CHUNK_BYTES = 1 << 22
 PIECE_CHARACTERS = 1 << 16  # of a document that become tokens at once: it may be a whole library
 
 
-def text_digest(files: Sequence[Path]) -> str:
+def text_digest(files: Sequence[Path], progress: Progress | None = None) -> str:
     """Hex sha256 of the files' own digests, in order. Raise UsageError for one that is not there."""
-    total = hashlib.sha256()
+    progress = progress or NoProgress()
     for path in files:
         check_text_file(path)
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-        total.update(digest.digest())
+    total = hashlib.sha256()
+    progress.start("looking at the text", sum(path.stat().st_size for path in files))
+    try:
+        for path in files:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                    progress.advance(len(chunk))
+            total.update(digest.digest())
+    finally:
+        progress.done()
     return total.hexdigest()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hybrid_runtime.profiling.profile import Profile, TextDigest, empty_layers
-from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER, write_counts
+from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER
 from hybrid_runtime.store.beside import store_digest
 from hybrid_runtime.store.predictor_files import (
     FORMAT_NAME,
@@ -22,6 +22,7 @@ from hybrid_runtime.store.predictor_files import (
 )
 from hybrid_runtime.store.reader import open_store
 from hybrid_tools.convert import main as convert
+from hybrid_tools.foreign_statistics import save_imported
 from hybrid_tools.inspect import main
 from hybrid_tools.profile import main as profile
 from tests.hybrid_runtime.small_models import LLAMA, TURBOSPARSE, write_model
@@ -44,9 +45,7 @@ def make_profile(store, folder):
     texts = (TextDigest("0" * 64, num_tokens),)
     watched, held_out = torch.arange(4), torch.zeros(0, 64, dtype=torch.int32)
     made = Profile(store.manifest.model, store_digest(store), texts, 64, watched, layers, held_out)
-    (folder / f"data-{'0' * 16}").mkdir(parents=True)
-    write_counts(folder, made, 0, f"data-{'0' * 16}")
-    return made
+    return save_imported(made, config, folder)
 
 
 def make_predictors(store, folder):
@@ -195,6 +194,11 @@ def test_what_is_missing_is_named_with_what_makes_it(stores, run, tmp_path):
         ([], "nothing to show: name a MODEL"),
         (["--profile", "x"], "nothing to show: name a MODEL"),
         (["--profile", "x", "--histograms", "x"], "--profile x: name the MODEL that it is of"),
+        (["--plan", "x", "--histograms", "x"], "--plan x: name the MODEL that it is of"),
+        (["--quant", "q4", "--histograms", "x"], "--quant q4: name the MODEL that it is of"),
+        (["--group", "64", "--histograms", "x"], "--group 64: name the MODEL that it is of"),
+        (["--revision", "x", "--histograms", "x"], "--revision x: name the MODEL that it is of"),
+        (["--ffn-activation", "x", "--histograms", "x"], "--ffn-activation x: name the MODEL that it is of"),
         (["--expert-popularity", "/absent.json"], "/absent.json: no such file"),
         (["--histograms", "/absent.npz"], "/absent.npz: no such file"),
         (["--histograms", __file__], "test_inspect_command.py: cannot be read as .npz"),
@@ -276,3 +280,4 @@ def test_help_says_what_each_option_is_for(capsys):
     for option in ("--output", "--png", "--profile", "--expert-popularity", "--histograms", "--json", "--cache-dir"):
         assert option in text
     assert "[default: the one with its store]" in " ".join(text.split())
+    assert "Nothing is fetched, with or without --offline." in " ".join(text.split())

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from hybrid_runtime.profiling.profile_file import read_profile
 from hybrid_runtime.profiling.run import HELD_OUT_EVERY, WORK
 from hybrid_runtime.store.reader import open_store
 from hybrid_tools.convert import main as convert
-from hybrid_tools.profile import main
+from hybrid_tools.profile import LongSteps, main
+from tests.hybrid_runtime.profiling.conftest import Heard
 from tests.hybrid_runtime.small_models import LLAMA, write_model
 
 DENSE = LLAMA | {"architectures": ["BambooForCausalLM"], "model_type": "bamboo", "hidden_act": "relu"}
@@ -171,7 +173,9 @@ def test_merging_drops_no_sample_in_silence(store, made, tmp_path, run):
     merge = (store, "--merge", tmp_path / "text", "--merge", tmp_path / "other")
     code, _, err = run(*merge)
     assert code == 2
-    assert f"--merge {tmp_path / 'other'}: has no sample, so the profiles together could not have one" in err[-1]
+    assert (
+        f"--merge {tmp_path / 'other'}: has no sample of its tokens, so the merged profile could have none" in err[-1]
+    )
     assert not (store / "profile" / "profile.json").exists()
     code, _, err = run(*merge, "--samples", "0")
     assert code == 0, err
@@ -185,12 +189,89 @@ def test_text_that_ends_early_is_told(store, made, run):
     assert line.endswith(" of 1000000 tokens")
 
 
-@pytest.mark.parametrize("option", ["--tokens", "--window", "--restart", "--ram"])
+@pytest.mark.parametrize("option", ["--tokens", "--window", "--restart", "--ram", "--threads"])
 def test_options_that_merging_does_nothing_with_are_refused(store, tmp_path, run, option):
     value = () if option == "--restart" else ("100",)
     code, _, err = run(store, "--merge", tmp_path / "a", "--merge", tmp_path / "b", option, *value)
     assert code == 2
     assert f"{option} does nothing with --merge, which reads no text; leave it out" in err[-1]
+
+
+@pytest.mark.parametrize("option", ["--window", "--samples", "--ram", "--threads"])
+def test_options_that_importing_counts_does_nothing_with_are_refused(store, tmp_path, option, refused):
+    line = refused(store, "--powerinfer", tmp_path, option, "100")
+    assert f"{option} does nothing with --powerinfer, which reads no text; leave it out" in line
+
+
+def test_merge_says_how_much_of_the_samples_is_left(store, made, tmp_path, run):
+    """A part with few sampled tokens bounds the others: a uniform sample has no more of their texts."""
+    for name, samples in (("text", "1M"), ("other", "2000"), ("none", "0"), ("nothing", "0")):
+        text = tmp_path / f"{name}.txt"
+        text.write_text(f"{name} " + (made / "text").read_text())
+        assert run(store, "--text", text, *OPTIONS, "--samples", samples, "-o", tmp_path / name)[0] == 0
+    headers = [json.loads((tmp_path / name / "profile.json").read_text()) for name in ("text", "other")]
+    given = sum(header["num_samples"] for header in headers)
+    code, _, err = run(store, "--merge", tmp_path / "text", "--merge", tmp_path / "other")
+    assert code == 0, err
+    kept = json.loads((store / "profile" / "profile.json").read_text())["num_samples"]
+    assert 0 < kept < given
+    assert f"{kept} of {given} sampled tokens make a uniform sample of all texts" in err
+    code, _, err = run(store, "--merge", tmp_path / "none", "--merge", tmp_path / "nothing")
+    assert code == 0, err
+    assert "none of these profiles has a sample to train predictors on, so the merged one has none either" in err
+
+
+@pytest.mark.parametrize("is_converted", [True, False], ids=["store", "checkpoint"])
+def test_one_refusal_names_memory_that_suffices(made, tmp_path, run, refused, is_converted, monkeypatch):
+    """The profile's own share is counted with the model's, before anything is converted."""
+    monkeypatch.setattr(run_module, "profiling_bytes", lambda *_: 300 << 20)
+    model = made / ("store" if is_converted else "checkpoint")
+    where = ("--cache-dir", tmp_path / "cache", "-o", tmp_path / "profile", "--text", made / "text", *OPTIONS)
+    line = refused(model, *where, "--ram", "100M")
+    (least,) = re.findall(r"give at least --ram (\d+)M, a smaller --window or --samples, or a smaller --quant", line)
+    assert int(least) > 300
+    assert not (tmp_path / "cache").exists()
+    code, _, err = run(model, *where, "--ram", f"{least}M")
+    assert code == 0, err
+
+
+def test_a_checkpoint_is_converted_as_asked(made, tmp_path, run):
+    options = ("--cache-dir", tmp_path / "cache", "--quant", "q8", "--group", "32", "--ffn-activation", "relu_glu")
+    code, out, err = run(made / "checkpoint", "--text", made / "text", *OPTIONS, *options)
+    assert code == 0, err
+    store = open_store(Path(out.strip()).parent)
+    assert str(store.manifest.quantization.weights) == "q8 group 32"
+    assert store.manifest.config.activation.kind == "relu_glu"
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def test_short_steps_are_not_shown_and_long_ones_wholly():
+    heard, clock = Heard(), Clock()
+    steps = LongSteps(heard, clock)
+    steps.start("short", 10)
+    clock.now_s = 1.0
+    steps.advance(10)
+    steps.done()
+    assert heard.steps == []
+    steps.start("long", 7, "layers")
+    clock.now_s = 1.9
+    steps.advance(1)
+    clock.now_s = 2.5
+    steps.advance(2)
+    assert heard.running
+    steps.advance(4)
+    steps.done()
+    assert heard.steps == [["long", 7, "layers", 7]]
+    assert not heard.running
+    heard.start("windows", 3)
+    steps.start("after them", 1)
+    assert not heard.running  # what is shown ends where the next step begins
 
 
 @pytest.mark.parametrize(
@@ -211,6 +292,7 @@ def test_options_that_merging_does_nothing_with_are_refused(store, tmp_path, run
         (("--text", "{text}", "--samples", "lots"), "--samples: "),
         (("--text", "{text}", "--output", "{text}"), "'{text}' is a file"),
         (("--text", "{text}", "--threads", "0"), "'--threads' / '-t': 0 is not in the range"),
+        (("--text", "{text}", "--threads", "999"), "'--threads' / '-t': 999 is not in the range 1<=x<=256"),
         (("--text", "{short}"), "{short}: has fewer than 16 tokens; give more text, or a smaller --window"),
         (("--text", "{empty}"), "{empty}: has fewer than 16 tokens"),
         (("--text", "{bytes}"), "--text {bytes}: is not UTF-8 text"),

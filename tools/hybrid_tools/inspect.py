@@ -56,7 +56,8 @@ class Settings:
     name="hybrid-inspect",
     help="Show how sparse each layer of MODEL (path, alias or repository id) is, how few neurons do most of the "
     "firing, which experts are chosen, how good its predictors are and what lies where; from the profile that "
-    "hybrid-profile left with it. Without -o, --png and --json, a summary is printed.",
+    "hybrid-profile left with it. Without -o, --png and --json, a summary is printed. Nothing is fetched, with or "
+    "without --offline.",
     context_settings={"max_content_width": 110},
 )
 @click.argument("model", required=False)
@@ -101,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(settings: Settings) -> int:
     if settings.model is None and settings.expert_popularity is None and settings.histograms is None:
         raise UsageError("nothing to show: name a MODEL, or give --expert-popularity FILE or --histograms FILE")
-    if settings.model is None and settings.profile is not None:
-        raise UsageError(f"--profile {settings.profile}: name the MODEL that it is of")
+    if settings.model is None:
+        _refuse_without_model(settings)
     if settings.output is not None and not settings.output.absolute().parent.is_dir():
         raise UsageError(f"--output {settings.output}: there is no folder {settings.output.absolute().parent}")
     report = _report(settings)
@@ -113,6 +114,21 @@ def _run(settings: Settings) -> int:
     elif settings.output is None and settings.png is None:
         _summarise(report)
     return 0
+
+
+def _refuse_without_model(settings: Settings) -> None:
+    """Raise UsageError for an option that says something about a model."""
+    given = {
+        "--profile": settings.profile,
+        "--plan": settings.plan,
+        "--quant": settings.quant,
+        "--group": settings.group,
+        "--ffn-activation": settings.ffn_activation,
+        "--revision": settings.revision,
+    }
+    for option, value in given.items():
+        if value is not None:
+            raise UsageError(f"{option} {value}: name the MODEL that it is of")
 
 
 def _report(settings: Settings) -> Report:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,11 +29,16 @@ if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
     from hybrid_runtime.engine import OpenModel
     from hybrid_runtime.profiling.profile import Profile
     from hybrid_runtime.profiling.run import ProfileRequest
+    from hybrid_runtime.progress import Progress
     from hybrid_runtime.store.reader import Store
-    from hybrid_runtime.stores import ModelRequest
+    from hybrid_runtime.stores import FoundModel, ModelRequest
 
 DEFAULT_TOKENS = 200_000
-IDLE_OPTIONS = {"merge": ("tokens", "window", "restart", "ram"), "powerinfer": ("window", "samples", "ram")}
+SHORT_STEP_S = 1.0  # what takes no longer is not shown
+IDLE_OPTIONS = {  # by what is given instead of --text
+    "merge": ("tokens", "window", "restart", "ram", "threads"),
+    "powerinfer": ("window", "samples", "ram", "threads"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,36 +159,49 @@ def _folder(settings: Settings, store: Store) -> Path:
 
 def _open(settings: Settings, request: ProfileRequest) -> OpenModel:
     """The model, if it fits with what its profile takes."""
-    from hybrid_runtime.budget import require_memory  # noqa: PLC0415
     from hybrid_runtime.cli.loading import use_threads  # noqa: PLC0415  # imports torch
     from hybrid_runtime.engine import LoadOptions, open_model  # noqa: PLC0415
-    from hybrid_runtime.machine import available_ram_bytes, physical_cores, usable_cores  # noqa: PLC0415
-    from hybrid_runtime.profiling.run import profiling_bytes  # noqa: PLC0415
+    from hybrid_runtime.machine import physical_cores, usable_cores  # noqa: PLC0415
     from hybrid_runtime.progress import console_progress  # noqa: PLC0415
+    from hybrid_runtime.stores import ModelRequest, find_model  # noqa: PLC0415
 
     threads = settings.threads or min(physical_cores(), usable_cores())
     use_threads(threads)
+    progress = console_progress()
     options = LoadOptions(
-        ram_bytes=settings.ram,
         num_positions=settings.window,
         threads=threads,
         cache_dir=settings.cache_dir,
-        progress=console_progress(),
-        say=lambda line: say(_in_own_words(line)),
+        progress=progress,
+        say=lambda line: say(line.replace("--ctx", "--window")),
     )
+    found = find_model(_request(settings), _cache_dir(settings), progress)
     try:
-        opened = open_model(_request(settings), options)
-        extra = profiling_bytes(opened.store.manifest.config, request)
-        plan = replace(opened.memory_plan, workspace=opened.memory_plan.workspace + extra)
-        require_memory(plan, settings.ram, available_ram_bytes())
-    except (UsageError, BudgetError) as error:
-        raise type(error)(_in_own_words(str(error))) from error
-    return opened
+        _require_memory(settings, found, request)
+        store = found.open(progress, say)
+        return open_model(ModelRequest(str(store.folder)), options)
+    except BudgetError as error:
+        raise BudgetError(str(error).replace("--ctx", "--window or --samples")) from error
+    except UsageError as error:
+        raise UsageError(str(error).replace("--ctx", "--window")) from error
 
 
-def _in_own_words(line: str) -> str:
-    """The context of this program is a window."""
-    return line.replace("--ctx", "--window")
+def _require_memory(settings: Settings, found: FoundModel, request: ProfileRequest) -> None:
+    """Raise BudgetError, before anything is converted, counting the model and its profile at once."""
+    from hybrid_runtime.budget import MemoryNeeds, plan_memory, require_memory  # noqa: PLC0415  # imports torch
+    from hybrid_runtime.engine import choose_num_positions  # noqa: PLC0415
+    from hybrid_runtime.machine import available_ram_bytes, current_rss_bytes  # noqa: PLC0415
+    from hybrid_runtime.profiling.run import profiling_bytes  # noqa: PLC0415
+
+    needs = MemoryNeeds(
+        weights_bytes=found.num_bytes,
+        num_positions=choose_num_positions(found.config, settings.window),
+        kv_dtype="f32" if found.weights.kind == "f32" else "f16",  # as the engine chooses it
+        largest_converted_bytes=found.largest_converted_bytes,
+    )
+    plan = plan_memory(found.config, needs, current_rss_bytes())
+    plan = replace(plan, workspace=plan.workspace + profiling_bytes(found.config, request))
+    require_memory(plan, settings.ram, available_ram_bytes())
 
 
 def _request(settings: Settings) -> ModelRequest:
@@ -230,7 +249,8 @@ def _count(settings: Settings) -> tuple[Profile, Path]:
         seen = num_tokens
 
     try:
-        profile, was_there = make_profile(opened.store, opened.load_sequence(), tokenizer, request, folder, on_window)
+        sequence, steps = opened.load_sequence(), LongSteps(progress)
+        profile, was_there = make_profile(opened.store, sequence, tokenizer, request, folder, on_window, steps)
     except KeyboardInterrupt:
         say("\nwhat was counted is kept; the same command goes on from there")
         raise
@@ -245,8 +265,17 @@ def _count(settings: Settings) -> tuple[Profile, Path]:
 
 def _merge(settings: Settings, store: Store, folder: Path) -> Profile:
     from hybrid_runtime.profiling.merging import merge_profiles  # noqa: PLC0415  # imports torch
+    from hybrid_runtime.profiling.profile_file import has_profile, read_header  # noqa: PLC0415
+    from hybrid_runtime.progress import console_progress  # noqa: PLC0415
 
-    return merge_profiles(store, settings.merge, folder, settings.samples)
+    given = sum(read_header(source).num_samples for source in settings.merge if has_profile(source))
+    profile = merge_profiles(store, settings.merge, folder, settings.samples, LongSteps(console_progress()))
+    kept = read_header(folder).num_samples
+    if kept < given:
+        say(f"{kept} of {given} sampled tokens make a uniform sample of all texts")
+    elif given == 0 and settings.samples:
+        say("none of these profiles has a sample to train predictors on, so the merged one has none either")
+    return profile
 
 
 def _import(settings: Settings, source: Path, store: Store, folder: Path) -> Profile:
@@ -268,6 +297,37 @@ def _cache_dir(settings: Settings) -> Path:
     from hybrid_runtime.engine import default_cache_dir  # noqa: PLC0415  # imports torch
 
     return settings.cache_dir or default_cache_dir()
+
+
+class LongSteps:
+    """A Progress that shows only steps which take longer than SHORT_STEP_S."""
+
+    def __init__(self, shown: Progress, clock: Callable[[], float] = time.monotonic) -> None:
+        self._shown = shown
+        self._clock = clock
+        self._step: tuple[str, int | None, str] | None = None  # that began, and is not shown yet
+        self._started_s = 0.0
+        self._done = 0
+
+    def start(self, label: str, total: int | None, unit: str = "bytes") -> None:
+        """Wait and see; another step that is shown ends here."""
+        self._shown.done()
+        self._step, self._started_s, self._done = (label, total, unit), self._clock(), 0
+
+    def advance(self, n: int) -> None:
+        """Count, and show the step once it has lasted."""
+        self._done += n
+        if self._step is None:
+            self._shown.advance(n)
+        elif self._clock() - self._started_s > SHORT_STEP_S:
+            self._shown.start(*self._step)
+            self._shown.advance(self._done)
+            self._step = None
+
+    def done(self) -> None:
+        """End the step."""
+        self._step = None
+        self._shown.done()
 
 
 def _show(settings: Settings, profile: Profile, folder: Path) -> None:

@@ -47,6 +47,24 @@ def text_of(seed, count=40):
     )
 
 
+class Heard:
+    """A Progress that keeps what it is told."""
+
+    def __init__(self):
+        self.steps, self.running = [], False  # label, total, unit and how many were done, of each step
+
+    def start(self, label, total, unit="bytes"):
+        self.steps.append([label, total, unit, 0])
+        self.running = True
+
+    def advance(self, n):
+        assert self.running
+        self.steps[-1][3] += n
+
+    def done(self):
+        self.running = False
+
+
 @pytest.fixture(scope="session", params=["dense", "mixture"])
 def small(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)

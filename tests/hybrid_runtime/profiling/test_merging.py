@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from hybrid_runtime.errors import CheckpointError, UsageError
+from hybrid_runtime.errors import BudgetError, CheckpointError, UsageError
 from hybrid_runtime.profiling.merging import merge_profiles
 from hybrid_runtime.profiling.profile import LAYER_FIELDS, merged
-from hybrid_runtime.profiling.profile_file import read_profile, read_samples
+from hybrid_runtime.profiling.profile_file import read_header, read_profile, read_samples
 from hybrid_runtime.profiling.samples import SampleShape, token_priorities
 from hybrid_runtime.profiling.windows import token_windows
 from hybrid_runtime.store.beside import store_digest
 
-from .conftest import SAMPLE_BYTES, WINDOW, text_of
+from .conftest import SAMPLE_BYTES, WINDOW, Heard, text_of
 
 LARGE = 1 << 22  # holds every token
 
@@ -112,6 +113,30 @@ def test_the_result_may_replace_one_of_the_parts(small, tmp_path):
     )
     with pytest.raises(UsageError, match=r"part-8: is of a text that .*part-7 is of, which would count twice"):
         merge_profiles(small.store, sources, sources[0], SAMPLE_BYTES)
+
+
+def test_a_part_without_a_sample_is_refused_by_name(small, parts, tmp_path):
+    """Of its tokens nobody knows which to choose; the others' samples are not dropped in silence."""
+    none = small.profile("none", text_of(9, 8), sample_bytes=0)
+    with pytest.raises(UsageError, match=rf"--merge {none}: has no sample of its tokens, .*--samples 0 to add up"):
+        merge_profiles(small.store, [parts[0], none], tmp_path / "merged", SAMPLE_BYTES)
+    assert not (tmp_path / "merged").exists()
+    total = merge_profiles(small.store, [parts[0], none], tmp_path / "merged", 0)
+    assert len(total.texts) == 2
+    other = small.profile("none-either", text_of(10, 8), sample_bytes=0)
+    merge_profiles(small.store, [none, other], tmp_path / "both", SAMPLE_BYTES)
+    assert read_header(tmp_path / "both").num_samples == 0
+
+
+def test_a_merge_tells_its_layers_and_is_refused_without_room(small, parts, tmp_path, monkeypatch):
+    heard, layers = Heard(), small.config.num_hidden_layers
+    merge_profiles(small.store, parts, tmp_path / "merged", SAMPLE_BYTES, heard)
+    assert heard.steps == [["merging 2 profiles", layers, "layers", layers]]
+    assert not heard.running
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(BudgetError, match=r"full: the sample takes .*, the disk has 100 B free"):
+        merge_profiles(small.store, parts, tmp_path / "full", SAMPLE_BYTES)
+    assert not list((tmp_path / "full").glob("data-*"))
 
 
 def test_what_cannot_be_added_up_is_refused(small, parts, tmp_path):

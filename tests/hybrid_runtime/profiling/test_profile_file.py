@@ -56,6 +56,9 @@ def change_samples(folder, name, change):
     tensors = load_file(path)
     tensors[name] = change(tensors[name]).contiguous()
     save_file(tensors, path)
+    digests = list(read_header(folder).samples_sha256)
+    digests[1] = hashlib.sha256(path.read_bytes()).hexdigest()
+    change_header(folder, samples_sha256=digests)
 
 
 def test_what_was_written_is_read(small, folder):
@@ -143,11 +146,28 @@ def test_damaged_counts_are_refused(small, folder, damage):
         read_profile(folder, small.config)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "folder"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "folder", "one-bit"])
 def test_damaged_samples_are_refused(small, folder, damage):
     do_damage(data_of(folder) / "samples-00001.safetensors", damage)
     read_samples(folder, small.config, 0)
     with pytest.raises(CheckpointError, match=r"samples-00001.safetensors: .*; run hybrid-profile again"):
+        read_samples(folder, small.config, 1)
+
+
+def test_samples_of_a_profile_without_their_digests_are_read(small, folder):
+    """As profiles were written before."""
+    path = folder / "profile.json"
+    values = json.loads(path.read_text())
+    assert len(values.pop("samples_sha256")) == small.config.num_hidden_layers
+    path.write_text(json.dumps(values))
+    read_profile(folder, small.config, store_digest(small.store))
+    assert len(read_samples(folder, small.config, 1).priorities) == values["num_samples"]
+
+
+def test_digests_of_too_few_layers_are_refused(small, folder):
+    change_header(folder, samples_sha256=list(read_header(folder).samples_sha256[:1]))
+    read_samples(folder, small.config, 0)
+    with pytest.raises(CheckpointError, match=r"samples-00001.safetensors: is not as profile.json has it"):
         read_samples(folder, small.config, 1)
 
 
@@ -184,17 +204,17 @@ def test_absurd_number_of_samples_is_refused(small, folder):
         read_samples(folder, small.config, 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        *((name, damage) for name in (COUNTS, "profile.json") for damage in ("missing", "truncated", "one-bit")),
-        *(("samples-00001.safetensors", damage) for damage in ("missing", "truncated")),  # they bear no digest
-    ],
-)
-def test_the_remedy_mends_it(small, made, name, damage):
+@pytest.fixture(scope="module")
+def short(small):
+    return small.profile("short", text_of(4, 3))
+
+
+@pytest.mark.parametrize("name", [COUNTS, "profile.json", "samples-00001.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "one-bit"])
+def test_the_remedy_mends_it(small, short, name, damage):
     """What was damaged is made again, with the same bytes."""
-    path = made / name if name == "profile.json" else data_of(made) / name
+    path = short / name if name == "profile.json" else data_of(short) / name
     before = path.read_bytes()
     do_damage(path, damage)
-    small.profile("made", text_of(4, 40))
+    small.profile("short", text_of(4, 3))
     assert path.read_bytes() == before

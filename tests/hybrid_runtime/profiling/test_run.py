@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from importlib import import_module
+from types import SimpleNamespace
 
 import filelock
 import pytest
@@ -30,7 +31,7 @@ from hybrid_runtime.profiling.samples import SampleFile, SampleShape, WindowSamp
 from hybrid_runtime.profiling.windows import token_windows
 from hybrid_runtime.tensor_files import read_metadata
 
-from .conftest import SAMPLE_BYTES, WINDOW, text_of
+from .conftest import SAMPLE_BYTES, WINDOW, Heard, text_of
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,10 @@ def make(small, text, tmp_path, monkeypatch):
     """Profile the text into tmp_path/name."""
     monkeypatch.setattr("os.fsync", lambda _: None)  # costs most of the time, and no process sees the difference
 
-    def make(name, *, num_tokens=None, sample_bytes=SAMPLE_BYTES, on_window=lambda _: None, **options):
+    def make(name, *, num_tokens=None, sample_bytes=SAMPLE_BYTES, on_window=lambda _: None, progress=None, **options):
         request = ProfileRequest((text,), num_tokens, options.pop("window", WINDOW), sample_bytes, **options)
-        return make_profile(small.store, small.sequence, small.tokenizer, request, tmp_path / name, on_window)
+        inputs = (small.store, small.sequence, small.tokenizer, request)
+        return make_profile(*inputs, tmp_path / name, on_window, progress)
 
     return make
 
@@ -276,6 +278,46 @@ def test_other_settings_do_not_go_on_with_an_unfinished_run(make, monkeypatch):
     told = []
     make("profile", on_window=told.append)
     assert told[0] == 4 * WINDOW
+
+
+def test_a_sample_larger_than_the_disk_is_refused_before_any_window(make, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("a window was computed")
+
+    disk = SimpleNamespace(free=30_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: disk)
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Run, "_after", never)
+        with pytest.raises(BudgetError, match=r"large: the sample takes .*, the disk has .* free; make room"):
+            make("large", sample_bytes=1 << 20)
+    make("large", sample_bytes=1 << 20, num_tokens=WINDOW)  # of few tokens it is small
+    make("profile")
+    disk.free = 0
+    assert make("profile")[1]  # what is there needs no room
+
+
+def test_an_unfinished_run_needs_no_room_for_what_it_has(make, whole, tmp_path, monkeypatch):
+    """Neither for the raw rows, nor for those that were sorted already."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_counts", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make("profile")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    make("profile")
+    assert files_of(tmp_path / "profile") == whole
+
+
+def test_steps_beside_the_windows_are_told(small, make):
+    heard, layers = Heard(), small.config.num_hidden_layers
+    make("profile", progress=heard)
+    make("profile", progress=heard)
+    assert [step[0] for step in heard.steps] == [
+        *("looking at the text", "writing the sample"),
+        *("looking at the text", "checking the profile that is there"),
+    ]
+    assert all(total == done for _, total, _, done in heard.steps)
+    assert heard.steps[1][1:] == heard.steps[3][1:] == [layers, "layers", layers]
+    assert not heard.running
 
 
 def test_two_runs_at_once_are_refused(make, tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ from hybrid_runtime.profiling.samples import (
     SampleFile,
     SampleShape,
     WindowSampler,
+    require_disk,
     token_priorities,
 )
 
@@ -127,6 +131,19 @@ def test_a_write_that_takes_a_part_goes_on_with_the_rest(tmp_path, monkeypatch):
     file.write(1, [0, 1], rows)
     monkeypatch.undo()
     assert file.read(1, 2).tobytes() == rows.tobytes()
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_sample_that_the_disk_has_no_room_for_is_refused_with_one_that_it_has(tmp_path, monkeypatch, copies):
+    free = 100 << 20
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    num_tokens = SHAPE.rows_in(free // copies) + 1000
+    with pytest.raises(BudgetError, match=r"the disk has 100\.00 MiB free; make room, give at most") as refused:
+        require_disk(tmp_path, SHAPE, num_tokens, copies=copies)
+    (most,) = re.findall(r"at most --samples (\d+)M", str(refused.value))
+    assert int(most) == 100 // copies
+    require_disk(tmp_path, SHAPE, SHAPE.rows_in(int(most) << 20), copies=copies)
+    require_disk(tmp_path, SHAPE, num_tokens, copies=copies, held_bytes=1 << 20)
 
 
 @pytest.mark.parametrize("sample_bytes", [0, 100, 5000, 20_000])

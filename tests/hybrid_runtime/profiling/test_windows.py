@@ -17,6 +17,8 @@ from hybrid_runtime.text.documents import SEPARATOR
 from hybrid_runtime.text.load import load_tokenizer
 from tests.hybrid_runtime.small_models import BOS, write_tokenizer
 
+from .conftest import Heard
+
 DOCUMENTS = ["Hello world and the rest", "a", "once upon a time", "  spaces within  stay ", "é漢字🙂 the end"]
 
 
@@ -135,6 +137,13 @@ def test_digest_reads_in_chunks(tmp_path, monkeypatch):
     whole = text_digest([path])
     monkeypatch.setattr(module, "CHUNK_BYTES", 3)
     assert text_digest([path]) == whole
+
+
+def test_digest_tells_how_many_bytes_it_has_read(tmp_path):
+    heard, files = Heard(), [write(tmp_path, "a", "a" * 100), write(tmp_path, "b", "b" * 50)]
+    text_digest(files, heard)
+    assert heard.steps == [["looking at the text", 150, "bytes", 150]]
+    assert not heard.running
 
 
 def test_files_that_are_not_there_are_named(tmp_path):
