@@ -19,6 +19,7 @@ from hybrid_runtime.placement.reads import measured_gates_for_one
 from hybrid_runtime.profiling.profile_file import read_samples
 from hybrid_runtime.store.manifest import read_manifest
 from hybrid_runtime.store.reader import Store
+from hybrid_tools import place
 from hybrid_tools.convert import main as convert
 from hybrid_tools.place import WHAT_IF_GIB, main
 from hybrid_tools.profile import main as profile
@@ -138,6 +139,13 @@ def test_a_gpu_by_its_data_sheet_gets_neurons(run, model, monkeypatch, tmp_path)
     without = json.loads(run(model, *options, "-o", tmp_path / "without")[1])
     assert {part["device"] for part in without["parts"]} == {"ram"}
     assert without["gpu"] != "RTX 4060 8 GB"
+
+
+def test_what_takes_seconds_says_so(run, model, monkeypatch, tmp_path):
+    monkeypatch.setattr(place, "MANY_NEURONS", 50)
+    code, _, err = run(model, "--ram", "4G", "-o", tmp_path / "plan")
+    assert code == 0
+    assert err == [f"placing {num_neurons(read_manifest(model).config)} neurons, which takes some seconds ..."]
 
 
 def test_a_small_model_has_nothing_on_a_gpu(run, model, tmp_path):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
     from hybrid_runtime.placement.planning import Planner
     from hybrid_runtime.store.reader import Store
 
+MANY_NEURONS = 500_000  # that take the solver longer than somebody waits in silence
 WHAT_IF_GIB = (0, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24)
 
 
@@ -115,6 +116,10 @@ def _run(settings: Settings) -> int:
     ram = settings.ram if settings.ram is not None else available_ram_bytes() + current_rss_bytes()
     if planner.gpu is None and (settings.vram or settings.what_if):
         say(f"no GPU to plan for ({planner.no_gpu_reason}); --gpu NAME plans for one by its data sheet")
+    config = planner.store.manifest.config
+    num_neurons = config.num_hidden_layers * max(1, config.num_experts) * config.intermediate_size
+    if num_neurons > MANY_NEURONS:
+        say(f"placing {num_neurons} neurons, which takes some seconds ...")
     if settings.what_if:
         return _what_if(settings, planner, ram)
     from hybrid_runtime.placement.plan import save_plan  # noqa: PLC0415  # imports torch
