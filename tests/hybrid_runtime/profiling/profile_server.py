@@ -6,6 +6,7 @@ the disk too, and so is what safetensors writes, in Rust: of both, half is there
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib import import_module
 from pathlib import Path
@@ -44,4 +45,8 @@ if __name__ == "__main__":
     for module in ("hybrid_runtime.engine", "hybrid_runtime.text.load", "tokenizers", "hybrid_kernels.native.build"):
         import_module(module)
     import_module("llvmlite.binding")
+    import_module("numpy.random")
+    gc.collect()
+    gc.freeze()  # else every child's first collection copies all of these pages
+    gc.disable()
     serve(import_module("hybrid_tools.profile").main, install)
