@@ -272,7 +272,7 @@ def _chosen_start(
     faster = [kind for kind in GPU_KINDS if costs.gpu_s.get(kind, math.inf) < costs.cpu_s.get(kind, 0.0)]
     if "attention" in faster:
         faster = [kind for kind in GPU_KINDS if kind in faster or kind == "KV cache"]
-    starts: list[tuple[float, _Start]] = []
+    starts: list[_Start] = []
     first_error: BudgetError | None = None
     for kinds in dict.fromkeys((tuple(faster), (), GPU_KINDS) if request.vram_bytes else ((),)):
         placed, vram_left = place_parts(parts, request.vram_bytes, kinds)
@@ -282,13 +282,18 @@ def _chosen_start(
         except BudgetError as error:
             first_error = first_error or error
             continue
-        greedy = place_greedily(problem)
-        parts_s = sum(part.seconds for part in _plan_parts(placed, costs))
-        starts.append((parts_s + (math.inf if greedy is None else greedy.objective_s), _Start(placed, problem)))
+        starts.append(_Start(placed, problem))
     if not starts:
         assert first_error is not None
         raise first_error
-    return min(starts, key=lambda start: start[0])[1]
+    return starts[0] if len(starts) == 1 else min(starts, key=lambda start: _greedy_s(start, costs))
+
+
+def _greedy_s(start: _Start, costs: TokenCosts) -> float:
+    """Seconds of a token with neurons placed greedily; infinite where that finds no way."""
+    greedy = place_greedily(start.problem)
+    parts_s = sum(part.seconds for part in _plan_parts(start.placed, costs))
+    return math.inf if greedy is None else parts_s + greedy.objective_s
 
 
 def _problem(

@@ -17,16 +17,15 @@ from hybrid_runtime.model.decoder import PredictorMode, choose_predictor_mode
 from hybrid_runtime.model.kv_cache import KvDtype, check_kv_dtype
 from hybrid_runtime.placement.costs import cpu_part_seconds, gpu_part_seconds, layer_costs
 from hybrid_runtime.placement.decode_time import DecodeConditions, predict_decode_time, token_bytes
-from hybrid_runtime.placement.own_predictors import measured_named_for_one
 from hybrid_runtime.placement.parts import GPU_OVERHEAD_BYTES
 from hybrid_runtime.placement.plan import Plan, PlanRequest, TokenCosts, make_plan
 from hybrid_runtime.placement.reads import (
     Reading,
     expected_reads,
     expected_rows,
-    measured_gates_for_one,
     total_rows,
 )
+from hybrid_runtime.placement.sampled_ratios import SampledRatios, sampled_ratios
 from hybrid_runtime.profiling.profile import Profile
 from hybrid_runtime.profiling.profile_file import read_profile
 from hybrid_runtime.sizes import format_bytes
@@ -37,7 +36,8 @@ from hybrid_runtime.store.predictor_files import PredictorHeader
 from hybrid_runtime.store.reader import Store
 
 PLANS_FOLDER = "plans"
-ASSUMED_NAMED_FOR_ONE = 1.3  # of predictors where nothing tells: a profile without samples, imported ones
+ASSUMED_NAMED_FOR_ONE = 1.3  # neurons, of predictors of which nothing tells
+ASSUMED_GATES_FOR_ONE = 2.0  # of dReLU: the up value is as often negative
 
 Say = Callable[[str], None]
 
@@ -147,18 +147,13 @@ def make_planner(
     machine = describe_machine()
     speeds = machine_speeds(machine, store.manifest.quantization.weights, num_threads, cache_dir, say)
     speeds = with_disk_of(speeds, store.folder, cache_dir, say)
-    named_for_one = None
-    if predictors is not None:
-        named_for_one = _named_for_one(predictors)
-    elif mode == "mask":
-        named_for_one = measured_named_for_one(store, profile_folder) or ASSUMED_NAMED_FOR_ONE
-    reading = Reading(named_for_one, measured_gates_for_one(store, profile_folder), every_row=mode == "off")
+    reading = _reading(predictors, mode, sampled_ratios(store, profile_folder), say)
     predictor_bytes = None if predictors is None else tuple(layer.num_bytes for layer in predictors.layers)
     rows = expected_rows(profile, config, reading)
     conditions = DecodeConditions(
         total_rows(rows),
-        every_gate=named_for_one is None,
-        uses_predictor=named_for_one is not None,
+        every_gate=reading.named_for_one is None,
+        uses_predictor=reading.named_for_one is not None,
         mean_length=num_positions / 2,
         kv_dtype=kv_dtype,
         predictor_bytes=None if predictor_bytes is None else sum(predictor_bytes),
@@ -179,8 +174,23 @@ def make_planner(
     )
 
 
-def _named_for_one(predictors: PredictorHeader) -> float:
-    """Neurons that trained predictors name for one that fires, as their training found it."""
+def _reading(predictors: PredictorHeader | None, mode: PredictorMode, ratios: SampledRatios, say: Say) -> Reading:
+    """What is measured; a line for what has to be assumed."""
+    named_for_one = None
+    if predictors is not None or mode == "mask":
+        named_for_one = ratios.named_for_one if predictors is None else _trained_named_for_one(predictors)
+        if named_for_one is None:
+            named_for_one = ASSUMED_NAMED_FOR_ONE
+            say(f"nothing says how many neurons the predictors name: assuming {named_for_one} for one that fires")
+    gates_for_one = ratios.gates_for_one
+    if gates_for_one is None:
+        gates_for_one = ASSUMED_GATES_FOR_ONE
+        say(f"the profile has no sample of what gates read: assuming that {gates_for_one} fire for a neuron that does")
+    return Reading(named_for_one, gates_for_one, every_row=mode == "off")
+
+
+def _trained_named_for_one(predictors: PredictorHeader) -> float | None:
+    """Neurons named for one that fires, as their training found it; imported ones had none."""
     named = sum(layer.predicted_density or 0.0 for layer in predictors.layers)
     fired = sum(layer.true_density or 0.0 for layer in predictors.layers)
-    return named / fired if named and fired else ASSUMED_NAMED_FOR_ONE
+    return named / fired if named and fired else None

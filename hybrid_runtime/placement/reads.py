@@ -8,23 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from hybrid_kernels.activation import gate_fires
-from hybrid_kernels.linear.reference import linear
-from hybrid_kernels.packed_matrix import Bundles
 from hybrid_runtime.benchmarking.bytes_touched import NeuronRows
 from hybrid_runtime.config import ModelConfig
-from hybrid_runtime.model.weight_specs import ffn_names
-from hybrid_runtime.profiling.gate_inputs import gate_inputs
 from hybrid_runtime.profiling.profile import Profile
-from hybrid_runtime.profiling.profile_file import read_samples
-from hybrid_runtime.store.reader import Store
-
-MOST_LAYERS, MOST_TOKENS, MOST_NEURONS = 4, 64, 512  # that gates are computed of: enough for a ratio
-ASSUMED_GATES_FOR_ONE = 2.0  # of dReLU, where a sample does not say what gates read: the up value is as often negative
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,31 +25,6 @@ class Reading:
     named_for_one: float | None
     gates_for_one: float
     every_row: bool = False
-
-
-def measured_gates_for_one(store: Store, profile_folder: Path) -> float:
-    """From some sampled tokens and gates of some layers; 1 where a gate that fires means that the neuron does."""
-    config = store.manifest.config
-    if config.activation.kind != "drelu":
-        return 1.0
-    step = max(1, config.num_hidden_layers // MOST_LAYERS)
-    gates = fired = 0
-    for layer_idx in range(0, config.num_hidden_layers, step):
-        name = f"{ffn_names(config, layer_idx)[0]}.bundles"
-        (part,) = (part for part in store.manifest.parts if any(entry.name == name for entry in part.entries))
-        bundles = store.read_parts([part], "mmap")[0][name]
-        assert isinstance(bundles, Bundles)
-        some = bundles.take(slice(0, MOST_NEURONS))
-        inputs, active = read_samples(profile_folder, config, layer_idx).of_expert(
-            0, config.intermediate_size, MOST_TOKENS
-        )
-        read = gate_inputs(store, layer_idx, inputs)
-        if read is None:
-            return ASSUMED_GATES_FOR_ONE
-        values = linear(read, some.gate_proj, some.gate_bias)
-        gates += int(gate_fires(config.activation, values).sum())
-        fired += int(active[:, : some.num_neurons].sum())
-    return max(1.0, gates / fired) if fired else 1.0
 
 
 def expected_reads(profile: Profile, config: ModelConfig, reading: Reading) -> list[torch.Tensor]:

@@ -17,9 +17,8 @@ def gate_inputs(store: Store, layer_idx: int, inputs: torch.Tensor) -> torch.Ten
     if config.predictor_input == "layer_input":
         return None
     name = f"layers.{layer_idx}.post_attention_layernorm"
-    (part,) = (part for part in store.manifest.parts if any(entry.name == name for entry in part.entries))
-    weights = store.read_parts([part], "mmap")[0]
-    weight, bias = weights[name], weights.get(f"{name}.bias")
+    weight = store.weight(name)
+    bias = store.weight(f"{name}.bias") if config.norm == "layer" else None
     assert isinstance(weight, torch.Tensor)
     assert bias is None or isinstance(bias, torch.Tensor)
     return apply_norm(config, Norm(weight, bias), inputs)

@@ -66,6 +66,13 @@ class Store:
         (weights,) = self.read_parts([part])
         yield from weights.items()
 
+    def weight(self, name: str) -> Weight:
+        """One weight by canonical name, mapped; KeyError for one that the model has not."""
+        part = next((part for part in self.manifest.parts if any(entry.name == name for entry in part.entries)), None)
+        if part is None:
+            raise KeyError(name)
+        return self.read_parts([part], "mmap")[0][name]
+
     def verify(self) -> None:
         """Read everything and raise StoreError for the first part whose digest is not the manifest's."""
         for part in self.manifest.parts:

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from hybrid_runtime.budget import MemoryNeeds, plan_memory
 from hybrid_runtime.placement import planning
 from hybrid_runtime.placement.decode_time import predict_decode_time
-from hybrid_runtime.placement.own_predictors import measured_named_for_one
 from hybrid_runtime.placement.plan import read_plan
-from hybrid_runtime.placement.reads import measured_gates_for_one
+from hybrid_runtime.placement.sampled_ratios import sampled_ratios
 from hybrid_runtime.profiling.profile_file import read_samples
 from hybrid_runtime.store.manifest import read_manifest
 from hybrid_runtime.store.reader import Store
@@ -287,7 +286,7 @@ def test_predictors_are_left_out_where_decoding_leaves_them_out(run, stores, tmp
 def test_measured_gates_are_at_least_one_for_one(stores):
     for name in ("dense", "mixture"):
         store = Store(stores / name, read_manifest(stores / name))
-        assert 1 <= measured_gates_for_one(store, stores / name / "profile") < 10
+        assert 1 <= sampled_ratios(store, stores / name / "profile").gates_for_one < 10
 
 
 def test_what_own_predictors_name_is_counted(stores):
@@ -305,7 +304,7 @@ def test_what_own_predictors_name_is_counted(stores):
         named += int((torch.relu(inputs[:64] @ fc1.T) @ fc2.T > 0).sum())
         fired += int(active[:64].sum())
     assert fired > 100
-    found = measured_named_for_one(store, stores / "mixture" / "profile")
+    found = sampled_ratios(store, stores / "mixture" / "profile").named_for_one
     assert found == pytest.approx(named / fired, rel=0.01)
     assert found > 1
 
@@ -313,6 +312,17 @@ def test_what_own_predictors_name_is_counted(stores):
 def is_predictors(name, layer_idx, matrix):
     """Of the layer's first expert."""
     return f".{layer_idx}." in name.split("experts")[0] and ".experts.0." in name and f"predictor.{matrix}" in name
+
+
+def test_what_has_to_be_assumed_is_said(run, stores, tmp_path):
+    (tmp_path / "text").write_text(TEXT)
+    gates = "the profile has no sample of what gates read: assuming that 2.0 fire for a neuron that does"
+    named = "nothing says how many neurons the predictors name: assuming 1.3 for one that fires"
+    for name, lines in (("dense", [gates]), ("mixture", [named, gates])):
+        options = ("--text", tmp_path / "text", "--window", "64", "--tokens", "512", "--samples", "0", "--threads", "1")
+        assert profile([str(option) for option in (stores / name, *options, "-o", tmp_path / name)]) == 0
+        code, _, err = run(stores / name, "--ram", "4G", "--profile", tmp_path / name, "-o", tmp_path / f"{name}-plan")
+        assert (code, err) == (0, lines)
 
 
 def test_help_names_units_and_defaults(capsys):

@@ -12,7 +12,7 @@ from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.engine import LoadOptions, open_model
 from hybrid_runtime.model.decoder import Decoder
 from hybrid_runtime.model.kv_cache import KvCache
-from hybrid_runtime.placement.reads import measured_gates_for_one
+from hybrid_runtime.placement.sampled_ratios import sampled_ratios
 from hybrid_runtime.store.manifest import read_manifest
 from hybrid_runtime.store.predictor_files import PREDICTORS
 from hybrid_runtime.store.reader import Store
@@ -166,7 +166,7 @@ def test_gates_read_behind_the_norm_though_predictors_do_not(pre_norm, run):
     assert kinds["oracle"]["precision"] > kinds["exact-gate"]["precision"]
     for kind in ("sign", "svd"):
         assert kinds[kind]["recall"] > 0.8
-    gates = measured_gates_for_one(Store(pre_norm, read_manifest(pre_norm)), pre_norm / "profile")
+    gates = sampled_ratios(Store(pre_norm, read_manifest(pre_norm)), pre_norm / "profile").gates_for_one
     assert gates == pytest.approx(1 / kinds["exact-gate"]["precision"], rel=0.2)
 
 

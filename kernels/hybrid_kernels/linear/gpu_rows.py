@@ -2,9 +2,9 @@
 
 q4 rows are read as the words they are: nibble i of a group's words is a plane of neighbouring columns, and
 0x6400 | nibble is the float16 1024 + nibble, which one subtraction makes a level (the trick of Marlin and of GemLite).
-Products go through the tensor cores even for one vector, since they would be idle anyway: about 4 instructions a weight
-(reference/gpu.md). Vectors are rounded to float16 for quantised rows; f32 and bf16 rows meet them in float32. bf16 is
-read as the upper half of a float32, because Triton's interpreter computes wrongly with it.
+Products go through the tensor cores even for one vector, since they would be idle anyway. Vectors are rounded to
+float16 for quantised rows; f32 and bf16 rows meet them in float32. bf16 is read as the upper half of a float32, because
+Triton's interpreter computes wrongly with it. How many instructions a weight takes, tests/kernels/gpu bounds.
 """
 
 from __future__ import annotations
