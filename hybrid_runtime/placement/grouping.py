@@ -16,7 +16,8 @@ import numpy.typing as npt
 from hybrid_runtime.placement.problem import Group
 
 # A layer. On 32 layers of 8 x 14336 neurons, against 256 groups, 24 lose 0.12 % of the time per token, 32 lose 0.06 %
-# and 48 lose 0.04 %; the slowest of 13 budgets and machines took 3.4 s to place 48, 7.3 s to place 64.
+# and 48 lose 0.04 %; the slowest of 13 budgets and machines took 3.4 s to place 48, 7.3 s to place 64
+# (before layers could merge at `gpu`, which made 3.5 s of the test's 4.3 s).
 NUM_GROUPS: Final = 48
 
 
