@@ -27,8 +27,10 @@ from hybrid_runtime.model.kv_cache import KvCache
 from hybrid_runtime.model.norms import apply_norm
 from hybrid_runtime.model.observer import FfnPass, Observer
 from hybrid_runtime.model.rope_frequencies import rope_frequencies
+from hybrid_runtime.model.tiered_ffn import tiered_ffn
 from hybrid_runtime.model.token_program import TokenProgram
 from hybrid_runtime.model.weights import DecoderLayer, DecoderWeights, Norm, Projection
+from hybrid_runtime.tiers.bundles import TieredBundles
 
 PredictorMode = Literal["mask", "trained", "off", "gate"]
 """mask: neurons that the checkpoint's predictor rules out are not computed (TurboSparse's own definition).
@@ -92,6 +94,8 @@ class Decoder:
         end = cache.length + len(tokens)
         if len(tokens) == 1 and observer is None:
             logits = self._program(cache).step(int(tokens[0]), cache.length, max(end, prompt_end)).unsqueeze(0)
+            if self.weights.tiering is not None:
+                self.weights.tiering.cache.check()
             cache.length = end
             return logits.clone()
         positions = torch.arange(cache.length, end)
@@ -216,7 +220,10 @@ class Decoder:
         observe = None
         if observer is not None:
             observe = partial(observer.see_neurons, FfnPass(layer_idx, expert_idx, tokens, predictor_input))
-        return sparse_ffn(x, ffn.bundles, self.config.activation, active, team=self.team, observe=observe)
+        activation, bundles = self.config.activation, ffn.bundles
+        if isinstance(bundles, TieredBundles):
+            return tiered_ffn(x, bundles, activation, active, team=self.team, observe=observe)
+        return sparse_ffn(x, bundles, activation, active, team=self.team, observe=observe)
 
     def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         return apply_norm(self.config, norm, x)

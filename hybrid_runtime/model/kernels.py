@@ -12,13 +12,21 @@ _ALWAYS = ("run_program", "work_until_closed", "attend", "sum_shares")
 
 
 def needed_kernels(
-    config: ModelConfig, quantization: Quantization, predictor_rows: RowFormat | None = None
+    config: ModelConfig,
+    quantization: Quantization,
+    predictor_rows: RowFormat | None = None,
+    *,
+    tiered: bool = False,
 ) -> set[Kernel]:
-    """Every kernel that prefill and decoding can come to. predictor_rows: of predictors that were trained."""
+    """Every kernel that prefill and decoding can come to. predictor_rows: of predictors that were trained; tiered:
+    whether neurons are spread over tiers.
+    """
     weights, outer = quantization.weights, quantization.finer
     needed = {kernel(name) for name in _ALWAYS}
     needed |= {kernel("begin_token", outer), kernel("project", outer), kernel("project", weights)}
     needed |= {kernel("run_neurons", weights)}
+    if tiered:
+        needed |= {kernel("split_neurons"), kernel("run_down", weights)}
     if config.num_experts:
         needed |= {kernel("route"), kernel("project", F32)}
     if predictor_rows is not None:

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from hybrid_kernels.activation_kinds import ACTIVATION_KINDS
 from hybrid_kernels.attention import layout as attention_words
 from hybrid_kernels.linear import layout as linear_words
 from hybrid_kernels.native import input_layout as input_words
@@ -28,25 +27,22 @@ from hybrid_kernels.native.arguments import Word, words
 from hybrid_kernels.native.huge_pages import aligned_zeros
 from hybrid_kernels.native.kernel_names import kernel
 from hybrid_kernels.packed_matrix import PackedMatrix
-from hybrid_kernels.packed_order import packed_columns
-from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_kernels.rope import layout as rope_words
 from hybrid_kernels.routing import layout as routing_words
 from hybrid_kernels.routing.reference import ROUTER_SCORES
 from hybrid_kernels.row_codes import format_code, num_groups, vector_columns
-from hybrid_kernels.sparse_ffn import layout as ffn_words
 from hybrid_kernels.team import Beginning, Operation, Program, Team
 from hybrid_runtime.config import ModelConfig, StreamPoint
 from hybrid_runtime.model.kv_cache import Q8, KvCache, position_bytes
+from hybrid_runtime.model.neuron_operations import NeuronOperations
 from hybrid_runtime.model.rope_frequencies import rope_frequencies
+from hybrid_runtime.model.token_memory import TokenMemory, padded
 from hybrid_runtime.model.weights import DecoderLayer, DecoderWeights, Norm, Projection
 
-NUM_SHARES = 32  # of a feed-forward network: the last ones to finish keep the others waiting by two of them at most
 TASK_BYTES = 96 << 10  # of rows that a worker draws at once: some microseconds of reading
 BEGINNING_BYTES = 32 << 10  # of a worker's first tasks: what the memory brings while it waits at a barrier
 ROWS_PER_BLOCK = 64  # of a predictor's second matrix
 assert ROWS_PER_BLOCK <= linear_words.MOST_SELECTED
-PADDING = 128  # columns: vectors are as long as the largest group wants them
 
 
 class TokenProgram:
@@ -76,17 +72,14 @@ class TokenProgram:
         self._chosen = np.zeros(slots, dtype=np.int64)
         self._expert_weights = self._floats(slots)
         self._router_logits = self._floats(max(config.num_experts, 1))
-        self._shares = aligned_zeros((slots, NUM_SHARES, _padded(hidden)), np.float32)
-        list_size = ffn_words.most_listed(config.intermediate_size, NUM_SHARES)
-        self._lists = np.zeros((team.num_threads, 2, list_size), dtype=np.int32)
         self._selected = np.zeros((slots, config.intermediate_size), dtype=np.int32)
         self._counts = np.zeros((slots, -(-config.intermediate_size // ROWS_PER_BLOCK)), dtype=np.int64)
         ranks = (
             [predictor.rank for layer in weights.layers for predictor in layer.low_rank_predictors()] if masks else []
         )
-        self._rank_width = _padded(max(ranks, default=1))
+        self._rank_width = padded(max(ranks, default=1))
         self._predictor_hidden = self._floats(slots * self._rank_width)
-        widest = max(_padded(hidden), _padded(heads), self._rank_width)
+        widest = max(padded(hidden), padded(heads), self._rank_width)
         self._scratch_stride = max(
             input_words.scratch_bytes(widest),
             attention_words.scratch_bytes(
@@ -95,6 +88,20 @@ class TokenProgram:
         )
         self._scratch = aligned_zeros((self._scratch_stride * team.num_threads,), np.uint8)
         self.read_rows = np.zeros((team.num_threads, 8), dtype=np.int64)
+        self._memory = TokenMemory(
+            config,
+            self._stream,
+            self._middle,
+            self._chosen,
+            self._expert_weights,
+            self._selected if masks else None,
+            self._counts,
+            ROWS_PER_BLOCK,
+            self._scratch,
+            self._scratch_stride,
+            self.read_rows,
+        )
+        self._neurons = NeuronOperations(self._memory, team.num_threads, weights.tiering)
         self._begin_words = self._begin_arguments(half_dim)
         self._set_rotation(1)
         self.program: Program = team.program(list(self._operations(cache)))
@@ -112,7 +119,7 @@ class TokenProgram:
         return self._logits
 
     def _floats(self, size: int) -> np.ndarray:
-        return np.zeros(_padded(size), dtype=np.float32)
+        return np.zeros(padded(size), dtype=np.float32)
 
     def _keep(self, array: np.ndarray) -> np.ndarray:
         self._kept.append(array)
@@ -133,7 +140,7 @@ class TokenProgram:
                 yield from self._routing(layer)
             if self._masks:
                 yield from self._prediction(layer)
-            yield from self._neurons(layer)
+            yield from self._neurons.operations(layer_idx, layer, *self._tap("post_norm", layer))
         head = self._weights.lm_head
         yield self._project("head", [Projection(head, None)], self._stream, [self._logits], norm=self._weights.norm)
 
@@ -254,85 +261,6 @@ class TokenProgram:
             threshold=predictors[0].threshold,
         )
 
-    def _neurons(self, layer: DecoderLayer) -> Iterator[Operation]:
-        config = self._config
-        networks = [ffn.bundles for ffn in layer.experts]
-        table = np.zeros((len(networks), ffn_words.BUNDLE_WORDS), dtype=np.int64)
-        for row, bundles in zip(table, networks, strict=True):
-            row[:] = words(
-                ffn_words.BUNDLE_WORDS,
-                {
-                    ffn_words.DATA: bundles.data,
-                    ffn_words.BUNDLE_STRIDE: bundles.data.stride(0),
-                    ffn_words.ROW_STRIDE: bundles.data.stride(1),
-                    ffn_words.GATE_BIAS: bundles.gate_bias,
-                    ffn_words.UP_BIAS: bundles.up_bias,
-                },
-            )
-        row_format = networks[0].row_format
-        width = vector_columns(row_format, config.hidden_size)
-        is_mixture = layer.router is not None
-        chosen = self._chosen if is_mixture else None
-        x, norm = self._tap("post_norm", layer)
-        values: dict[int, Word] = {
-            ffn_words.NUM_SLOTS: len(self._chosen),
-            ffn_words.BUNDLES: self._keep(table),
-            ffn_words.CHOSEN: chosen,
-            ffn_words.NUM_NEURONS: config.intermediate_size,
-            ffn_words.HAS_GATE: int(config.activation.is_gated),
-            ffn_words.ACTIVATION: ACTIVATION_KINDS.index(config.activation.kind),
-            ffn_words.THRESHOLD: float(config.activation.threshold),
-            ffn_words.SELECTED: self._selected if self._masks else None,
-            ffn_words.COUNTS: self._counts,
-            ffn_words.BLOCK: ROWS_PER_BLOCK,
-            ffn_words.NUM_SHARES: NUM_SHARES,
-            ffn_words.SHARES: self._shares,
-            ffn_words.READ_ROWS: self.read_rows,
-            ffn_words.LISTS: self._lists,
-            ffn_words.LIST_SIZE: self._lists.shape[2],
-        }
-        vector = self._vector(x, norm, row_format, config.hidden_size)
-        yield Operation(kernel("run_neurons", row_format), "neurons", words(ffn_words.NUM_WORDS, vector | values))
-        order = self._keep(np.array(packed_columns(row_format) if row_format.is_quantized else [0], dtype=np.int32))
-        biases = np.array([0 if b.down_bias is None else b.down_bias.data_ptr() for b in networks], dtype=np.int64)
-        sums: dict[int, Word] = {
-            ffn_words.SUM_X: self._middle,
-            ffn_words.SUM_OUTPUT: self._stream,
-            ffn_words.SUM_SHARES: self._shares,
-            ffn_words.SUM_NUM_SLOTS: len(self._chosen),
-            ffn_words.SUM_NUM_SHARES: NUM_SHARES,
-            ffn_words.SUM_COLUMNS: config.hidden_size,
-            ffn_words.SUM_VECTOR_COLUMNS: width,
-            ffn_words.SUM_GROUP: len(order),
-            ffn_words.SUM_ORDER: order,
-            ffn_words.SUM_WEIGHTS: self._expert_weights if is_mixture else None,
-            ffn_words.SUM_CHOSEN: chosen,
-            ffn_words.SUM_BIASES: self._keep(biases) if biases.any() else None,
-            ffn_words.SUM_SCRATCH: self._scratch,
-            ffn_words.SUM_SCRATCH_STRIDE: self._scratch_stride,
-        }
-        yield Operation(kernel("sum_shares"), "neurons", words(ffn_words.SUM_WORDS, sums))
-
-    def _vector(self, x: np.ndarray, norm: Norm | None, row_format: RowFormat, columns: int) -> dict[int, Word]:
-        """The words of a kernel's input."""
-        kind = input_words.NO_NORM
-        if norm is not None:
-            kind = input_words.RMS_NORM if self._config.norm == "rms" else input_words.LAYER_NORM
-        return {
-            input_words.X: x,
-            input_words.NORM_KIND: kind,
-            input_words.NORM_WEIGHT: None if norm is None else norm.weight,
-            input_words.NORM_BIAS: None if norm is None else norm.bias,
-            input_words.EPS: float(self._config.norm_eps),
-            input_words.COLUMNS: columns,
-            input_words.VECTOR_COLUMNS: vector_columns(row_format, columns),
-            input_words.CODE: format_code(row_format),
-            input_words.GROUPS: num_groups(row_format, columns),
-            input_words.VALUE_BYTES: row_format.value_bytes(columns),
-            input_words.SCRATCH: self._scratch,
-            input_words.SCRATCH_STRIDE: self._scratch_stride,
-        }
-
     def _project(
         self,
         label: str,
@@ -377,7 +305,9 @@ class TokenProgram:
             linear_words.ROWS_PER_TASK: rows_per_task,
             linear_words.NUM_STATIC: 0 if beginning is None else self._team.num_threads,
         }
-        arguments = words(linear_words.NUM_WORDS, self._vector(x, norm, weight.row_format, weight.columns) | values)
+        arguments = words(
+            linear_words.NUM_WORDS, self._memory.vector_words(x, norm, weight.row_format, weight.columns) | values
+        )
         return Operation(kernel("project", weight.row_format), label, arguments, barrier, beginning)
 
 
@@ -393,7 +323,3 @@ def _matrix_words(projection: Projection) -> Mapping[int, Word]:
         linear_words.MATRIX_GROUPS: num_groups(weight.row_format, weight.columns),
         linear_words.MATRIX_VALUE_BYTES: weight.row_format.value_bytes(weight.columns),
     }
-
-
-def _padded(size: int) -> int:
-    return -(-size // PADDING) * PADDING

@@ -14,6 +14,11 @@ from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.model.weight_specs import ffn_names
 from hybrid_runtime.store.memory import LoadMode
 from hybrid_runtime.store.reader import Store, Weight
+from hybrid_runtime.tiers.bundles import TieredBundles
+from hybrid_runtime.tiers.load import TieredWeights
+from hybrid_runtime.tiers.tiering import Tiering
+
+AnyWeight = Weight | TieredBundles
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +41,20 @@ class Projection:
 class FeedForward:
     """One FFN, or one expert: its neurons, and the predictor that comes with the checkpoint or was trained for it."""
 
-    bundles: Bundles
+    bundles: Bundles | TieredBundles
     predictor: Predictor | None
+
+    @property
+    def plain_bundles(self) -> Bundles:
+        """The neurons of a model that is in memory as a whole."""
+        assert isinstance(self.bundles, Bundles)
+        return self.bundles
+
+    @property
+    def tiered_bundles(self) -> TieredBundles:
+        """The neurons of a model that is spread over tiers."""
+        assert isinstance(self.bundles, TieredBundles)
+        return self.bundles
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +79,14 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """lm_head is embed_tokens itself where the two are tied."""
+    """lm_head is embed_tokens itself where the two are tied. tiering: None where all is in one memory."""
 
     embed_tokens: PackedMatrix
     embed_positions: PackedMatrix | None
     layers: tuple[DecoderLayer, ...]
     norm: Norm
     lm_head: PackedMatrix
+    tiering: Tiering | None = None
 
 
 def load_weights(store: Store, load: LoadMode = "anonymous") -> DecoderWeights:
@@ -76,7 +94,22 @@ def load_weights(store: Store, load: LoadMode = "anonymous") -> DecoderWeights:
     config = store.manifest.config
     embed, *layer_weights, head = store.read_parts(store.manifest.parts, load)
     layers = tuple(_layer(config, layer_idx, weights) for layer_idx, weights in enumerate(layer_weights))
-    outer = embed | head
+    return _decoder_weights(config, layers, embed | head)
+
+
+def tiered_weights(config: ModelConfig, loaded: TieredWeights, tiering: Tiering) -> DecoderWeights:
+    """The same over what was loaded by tiers."""
+    layers = []
+    for layer_idx, (dense, networks) in enumerate(zip(loaded.layers, loaded.networks, strict=True)):
+        names = [f"{ffn}.bundles" for ffn in ffn_names(config, layer_idx)]
+        neurons: dict[str, AnyWeight] = dict(zip(names, networks, strict=True))
+        layers.append(_layer(config, layer_idx, {**dense, **neurons}))
+    return replace(_decoder_weights(config, tuple(layers), loaded.outer), tiering=tiering)
+
+
+def _decoder_weights(
+    config: ModelConfig, layers: tuple[DecoderLayer, ...], outer: Mapping[str, AnyWeight]
+) -> DecoderWeights:
     embed_tokens = _matrix(outer, "embed_tokens")
     return DecoderWeights(
         embed_tokens=embed_tokens,
@@ -87,7 +120,7 @@ def load_weights(store: Store, load: LoadMode = "anonymous") -> DecoderWeights:
     )
 
 
-def _layer(config: ModelConfig, layer_idx: int, weights: Mapping[str, Weight]) -> DecoderLayer:
+def _layer(config: ModelConfig, layer_idx: int, weights: Mapping[str, AnyWeight]) -> DecoderLayer:
     layer = f"layers.{layer_idx}"
     return DecoderLayer(
         input_layernorm=_norm(weights, f"{layer}.input_layernorm"),
@@ -101,9 +134,9 @@ def _layer(config: ModelConfig, layer_idx: int, weights: Mapping[str, Weight]) -
     )
 
 
-def _feed_forward(config: ModelConfig, weights: Mapping[str, Weight], ffn: str) -> FeedForward:
+def _feed_forward(config: ModelConfig, weights: Mapping[str, AnyWeight], ffn: str) -> FeedForward:
     bundles = weights[f"{ffn}.bundles"]
-    assert isinstance(bundles, Bundles)
+    assert isinstance(bundles, Bundles | TieredBundles)
     bundles = replace(
         bundles,
         gate_bias=_vector(weights, f"{ffn}.gate_proj.bias"),
@@ -117,23 +150,23 @@ def _feed_forward(config: ModelConfig, weights: Mapping[str, Weight], ffn: str) 
     return FeedForward(bundles, predictor)
 
 
-def _matrix(weights: Mapping[str, Weight], name: str) -> PackedMatrix:
+def _matrix(weights: Mapping[str, AnyWeight], name: str) -> PackedMatrix:
     weight = weights[name]
     assert isinstance(weight, PackedMatrix)
     return weight
 
 
-def _vector(weights: Mapping[str, Weight], name: str) -> torch.Tensor | None:
+def _vector(weights: Mapping[str, AnyWeight], name: str) -> torch.Tensor | None:
     weight = weights.get(name)
     assert weight is None or isinstance(weight, torch.Tensor)
     return weight
 
 
-def _norm(weights: Mapping[str, Weight], name: str) -> Norm:
+def _norm(weights: Mapping[str, AnyWeight], name: str) -> Norm:
     weight = _vector(weights, name)
     assert weight is not None
     return Norm(weight, _vector(weights, f"{name}.bias"))
 
 
-def _projection(weights: Mapping[str, Weight], name: str) -> Projection:
+def _projection(weights: Mapping[str, AnyWeight], name: str) -> Projection:
     return Projection(_matrix(weights, name), _vector(weights, f"{name}.bias"))

@@ -49,10 +49,11 @@ from hybrid_runtime.typed_json import from_json
 from hybrid_runtime.whole_files import write_whole
 
 FORMAT_NAME = "hybrid-runtime plan"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PLAN, TIERS = "plan.json", "tiers.safetensors"
 REMEDY = "run hybrid-place again"
 TIER_CODES = {"gpu": 0, "ram": 1, "disk": 2}
+CACHE_SHARE = 1 / 8  # of the RAM for neurons: those on disk that were read lately, where any are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,13 @@ class TokenCosts:
 
 @dataclass(frozen=True, slots=True)
 class PlanPart:
-    """All parts of one kind on one device. seconds: of one token."""
+    """All parts of one kind on one device. seconds: of one token; layers: whose they are."""
 
     kind: str
     device: str
     num_bytes: int
     seconds: float
+    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +122,10 @@ class PlanLayer:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """plan.json. gpu: its name, or why there is none; ..._used_bytes: of the budgets; mean_length: tokens that a
-    token looks back on, for the times; greedy_s: what the greedy answer would take for its neurons, None where it found
-    none; gap: what a better placement of the neurons could save at most, as a share of theirs.
+    """plan.json. gpu: its name, or why there is none; ..._used_bytes: of the budgets; cache_bytes: of RAM, for neurons
+    on disk that were read lately; mean_length: tokens that a token looks back on, for the times; greedy_s: what the
+    greedy answer would take for its neurons, None where it found none; gap: what a better placement of the neurons
+    could save at most, as a share of theirs.
     """
 
     format: str
@@ -139,12 +142,23 @@ class Plan:
     vram_used_bytes: int
     ram_used_bytes: int
     disk_used_bytes: int
+    cache_bytes: int
     parts: tuple[PlanPart, ...]
     layers: tuple[PlanLayer, ...]
     solver: str
     solve_s: float
     gap: float
     greedy_s: float | None
+
+    @property
+    def gpu_layers(self) -> dict[str, frozenset[int]]:
+        """By kind of part: the layers of which it is on the GPU."""
+        return {part.kind: frozenset(part.layers) for part in self.parts if part.device == "gpu"}
+
+    @property
+    def gpu_parts(self) -> frozenset[str]:
+        """Kinds of parts of which the GPU has any."""
+        return frozenset(part.kind for part in self.parts if part.device == "gpu")
 
     @property
     def neurons_s(self) -> float:
@@ -200,8 +214,9 @@ def make_plan(
         mean_length=costs.mean_length,
         kv_dtype=request.kv_dtype,
         vram_used_bytes=used_vram + GPU_OVERHEAD_BYTES if used_vram else 0,
-        ram_used_bytes=request.program_bytes + bytes_on(placed, "ram") + found.ram_bytes,
+        ram_used_bytes=request.program_bytes + bytes_on(placed, "ram") + chosen.cache_bytes + found.ram_bytes,
         disk_used_bytes=found.disk_bytes,
+        cache_bytes=chosen.cache_bytes,
         parts=_plan_parts(placed, costs),
         layers=tuple(_plan_layer(each, of_layer) for each, of_layer in zip(found.layers, tiers, strict=True)),
         solver=f"{solution.found_by}, {solution.status}",
@@ -251,10 +266,11 @@ def read_plan(folder: Path, config: ModelConfig, model_digest: str | None = None
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """Where everything but neurons is, and the neurons' problem that it leaves."""
+    """Where everything but neurons is, and the neurons' problem that it and the cache of the disk's leave."""
 
     placed: list[PlacedPart]
     problem: PlacementProblem
+    cache_bytes: int
 
 
 def _chosen_start(
@@ -277,12 +293,12 @@ def _chosen_start(
     for kinds in dict.fromkeys((tuple(faster), (), GPU_KINDS) if request.vram_bytes else ((),)):
         placed, vram_left = place_parts(parts, request.vram_bytes, kinds)
         try:
-            problem = _problem(manifest, placed, vram_left, groups, request, costs)
-            require_room(problem)
+            start = _start(manifest, placed, vram_left, groups, request, costs)
+            require_room(start.problem)
         except BudgetError as error:
             first_error = first_error or error
             continue
-        starts.append(_Start(placed, problem))
+        starts.append(start)
     if not starts:
         assert first_error is not None
         raise first_error
@@ -296,15 +312,15 @@ def _greedy_s(start: _Start, costs: TokenCosts) -> float:
     return math.inf if greedy is None else parts_s + greedy.objective_s
 
 
-def _problem(
+def _start(
     manifest: Manifest,
-    placed: Sequence[PlacedPart],
+    placed: list[PlacedPart],
     vram_left: int,
     groups: Sequence[NeuronGroups],
     request: PlanRequest,
     costs: TokenCosts,
-) -> PlacementProblem:
-    """Of the neurons, beside what is placed. Raises BudgetError where RAM does not even hold that."""
+) -> _Start:
+    """The neurons' problem beside what is placed. Raises BudgetError where RAM does not even hold that."""
     dense = bytes_on(placed, "ram")
     ram_left = request.ram_bytes - request.program_bytes - request.reserved_bytes - dense
     if ram_left < 0:
@@ -321,7 +337,20 @@ def _problem(
         LayerGroups(idx, each.groups, bundle, row, (costs.beside_gpu if idx in on_gpu else costs.beside_cpu)[idx])
         for idx, each in enumerate(groups)
     )
-    return PlacementProblem(layers, vram_left, ram_left, request.allow_disk)
+    neurons = sum(layer.num_neurons * bundle for layer in layers)
+    if not request.allow_disk or neurons <= vram_left + ram_left:
+        return _Start(placed, PlacementProblem(layers, vram_left, ram_left, allow_disk=False), 0)
+    least = (max(1, config.num_experts_per_tok) * config.intermediate_size + 1) * bundle  # all that a layer can ask for
+    cache_bytes = max(least, int(CACHE_SHARE * ram_left) // bundle * bundle)
+    if cache_bytes > ram_left:
+        raise BudgetError(
+            f"--ram {format_bytes(request.ram_bytes)}: reading neurons from disk takes a cache of "
+            f"{format_bytes(cache_bytes)} at least, and only {format_bytes(ram_left)} are left for it, which is "
+            f"{cache_bytes - ram_left} bytes too few; give more --ram, a smaller --ctx or --quant, or --vram that "
+            "holds attention and head"
+        )
+    problem = PlacementProblem(layers, vram_left, ram_left - cache_bytes, allow_disk=True)
+    return _Start(placed, problem, cache_bytes)
 
 
 def _tiers(groups: NeuronGroups, placed: LayerPlacement) -> torch.Tensor:
@@ -354,12 +383,21 @@ def _plan_parts(placed: Sequence[PlacedPart], costs: TokenCosts) -> tuple[PlanPa
     """By kind and device; a kind's seconds are shared out by bytes."""
     totals: dict[PartKind, int] = {}
     groups: dict[tuple[PartKind, Device], int] = {}
+    layers: dict[tuple[PartKind, Device], list[int]] = {}
     for each in placed:
         kind, size = each.part.kind, each.part.num_bytes
         totals[kind] = totals.get(kind, 0) + size
         groups[kind, each.device] = groups.get((kind, each.device), 0) + size
+        of_group = layers.setdefault((kind, each.device), [])
+        of_group += [] if each.part.layer_idx is None else [each.part.layer_idx]
     seconds: dict[Device, dict[PartKind, float]] = {"gpu": costs.gpu_s, "ram": costs.cpu_s}
     return tuple(
-        PlanPart(kind, device, size, seconds[device].get(kind, 0.0) * size / max(1, totals[kind]))
+        PlanPart(
+            kind,
+            device,
+            size,
+            seconds[device].get(kind, 0.0) * size / max(1, totals[kind]),
+            tuple(layers[kind, device]),
+        )
         for (kind, device), size in groups.items()
     )

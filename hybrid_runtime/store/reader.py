@@ -57,7 +57,10 @@ class Store:
             past_cache = not belongs_in_page_cache(self.num_bytes)
             fill(list(map(Filling, paths, blocks)), past_cache=past_cache, num_threads=num_threads)
         return [
-            {entry.name: _view(block, entry) for entry in part.entries}
+            {
+                entry.name: view_entry(block[entry.offset : entry.offset + entry.num_bytes], entry)
+                for entry in part.entries
+            }
             for part, block in zip(parts, blocks, strict=True)
         ]
 
@@ -99,8 +102,8 @@ def open_store(folder: Path) -> Store:
     return store
 
 
-def _view(block: torch.Tensor, entry: Entry) -> Weight:
-    data = block[entry.offset : entry.offset + entry.num_bytes]
+def view_entry(data: torch.Tensor, entry: Entry) -> Weight:
+    """An entry's bytes, uint8 [num_bytes], as the weight that they are."""
     if entry.kind == "vector":
         return data.view(torch.float32)
     columns = entry.shape[-1]

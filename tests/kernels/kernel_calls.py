@@ -167,6 +167,7 @@ def decode_ffn(team, x, networks, activation, *, active=None, chosen=None, weigh
         ffn_words.BLOCK: NEURONS_PER_BLOCK,
         ffn_words.NUM_SHARES: num_shares,
         ffn_words.SHARES: shares,
+        ffn_words.SLOT_SHARES: num_shares,
         ffn_words.READ_ROWS: read_rows,
         ffn_words.LISTS: lists,
         ffn_words.LIST_SIZE: lists.shape[2],

@@ -17,6 +17,8 @@ SOURCES = {
     "sum_shares": "hybrid_kernels.sparse_ffn.cpu_sum:sum_shares",
     "project": "hybrid_kernels.linear.cpu:project",
     "run_neurons": "hybrid_kernels.sparse_ffn.cpu:run_neurons",
+    "split_neurons": "hybrid_kernels.tiers.cpu:split_neurons",
+    "run_down": "hybrid_kernels.tiers.cpu_down_rows:run_down",
     "quantize_batch": "hybrid_kernels.linear.cpu_batch:quantize_batch",
     "multiply_batch": "hybrid_kernels.linear.cpu_batch:multiply_batch",
     "multiply_down": "hybrid_kernels.linear.cpu_down:multiply_down",
@@ -25,7 +27,16 @@ SOURCES = {
 """Module and function of each."""
 
 FORMATTED = frozenset(
-    {"begin_token", "project", "run_neurons", "quantize_batch", "multiply_batch", "multiply_down", "unpack_matrix"}
+    {
+        "begin_token",
+        "project",
+        "run_neurons",
+        "run_down",
+        "quantize_batch",
+        "multiply_batch",
+        "multiply_down",
+        "unpack_matrix",
+    }
 )
 """Those that read packed rows: each is compiled for one format, which keeps them small."""
 

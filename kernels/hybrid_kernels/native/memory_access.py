@@ -197,6 +197,47 @@ def _futex(builder: ir.IRBuilder, address: ir.Value, operation: int, value: ir.V
 
 
 @intrinsic
+def copy_bytes(typing_context, target, source, num_bytes):  # type: ignore[no-untyped-def]
+    """memcpy."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        places = [pointer(builder, args[idx], I8) for idx in range(2)]
+        cgutils.raw_memcpy(builder, places[0], places[1], args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+@intrinsic
+def system_call(typing_context, number, first, second, third, fourth, fifth):  # type: ignore[no-untyped-def]
+    """Linux's syscall(2): its result, or -errno."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I64, [I64], var_arg=True), "syscall")
+        result = builder.call(function, args)
+        if sys.platform != "linux":
+            return result
+        kind = ir.FunctionType(I32.as_pointer(), [])
+        errno = builder.call(cgutils.get_or_insert_function(builder.module, kind, "__errno_location"), [])
+        failed = builder.icmp_signed("==", result, ir.Constant(I64, -1))
+        return builder.select(failed, builder.neg(builder.sext(builder.load(errno), I64)), result)
+
+    return types.int64(*[types.int64] * 6), generate
+
+
+@intrinsic
+def read_at(typing_context, descriptor, target, num_bytes, offset):  # type: ignore[no-untyped-def]
+    """POSIX's pread: how many bytes it read, or -1."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(I64, [I32, I8.as_pointer(), I64, I64])
+        function = cgutils.get_or_insert_function(builder.module, kind, "pread")
+        return builder.call(function, [builder.trunc(args[0], I32), pointer(builder, args[1], I8), args[2], args[3]])
+
+    return types.int64(*[types.int64] * 4), generate
+
+
+@intrinsic
 def call_kernel(typing_context, function, arguments, worker, counter):  # type: ignore[no-untyped-def]
     """Call a kernel of build.py's signature by its address."""
 

@@ -33,10 +33,14 @@ from hybrid_kernels.sparse_ffn.layout import (
     CHOSEN,
     COUNTS,
     DATA,
+    DISK,
     GATE_BIAS,
     HAS_GATE,
+    HIDDEN,
+    HOMES,
     LIST_SIZE,
     LISTS,
+    NEEDED,
     NUM_NEURONS,
     NUM_SHARES,
     NUM_SLOTS,
@@ -44,9 +48,12 @@ from hybrid_kernels.sparse_ffn.layout import (
     ROW_STRIDE,
     SELECTED,
     SHARES,
+    SLOT_SHARES,
     THRESHOLD,
     UP_BIAS,
 )
+from hybrid_kernels.tiers.disk_reads import wait_for_misses
+from hybrid_kernels.tiers.layout import TIER_BITS
 
 FACTORS_OFFSET = 8 * MOST_ROWS  # of a worker's memory for rows: behind the waiting rows' addresses
 AHEADS_OFFSET = FACTORS_OFFSET + 4 * MOST_ROWS
@@ -74,7 +81,9 @@ def run_neurons(arguments: int, worker: int, counter: int) -> None:
     put_i64(queue, ROWS_AHEAD, _rows_read(arguments))
     put_i64(queue, COUNTER, counter)
     while get_i64(queue, TASK) < num_tasks:
-        y = get_i64(arguments, SHARES) + get_i64(queue, TASK) * get_i64(arguments, VECTOR_COLUMNS) * 4
+        if get_i64(arguments, DISK) != 0:
+            wait_for_misses(get_i64(arguments, DISK), _needed(arguments, get_i64(queue, TASK)))
+        y = share_output(arguments, get_i64(queue, TASK))
         fill_zeros(y, 0, get_i64(arguments, VECTOR_COLUMNS))
         _run_listed(arguments, worker, queue, y)
         _draw_next(arguments, worker, queue)
@@ -98,6 +107,31 @@ def _draw_next(arguments: int, worker: int, queue: int) -> None:
         put_i64(queue, NEXT_COUNT, 0)
     else:
         put_i64(queue, NEXT_COUNT, _list_share(arguments, worker, task, 1 - get_i64(queue, SIDE)))
+
+
+@numba.njit(error_model="numpy")
+def share_output(arguments: int, task: int) -> int:
+    """Address of the sum of a share's down rows."""
+    slot = task // get_i64(arguments, NUM_SHARES)
+    share = task - slot * get_i64(arguments, NUM_SHARES)
+    place = slot * get_i64(arguments, SLOT_SHARES) + share
+    return get_i64(arguments, SHARES) + place * get_i64(arguments, VECTOR_COLUMNS) * 4
+
+
+@numba.njit(error_model="numpy")
+def _needed(arguments: int, task: int) -> int:
+    """Misses that must have arrived before the task's share; none where no list of them is kept."""
+    needed = get_i64(arguments, NEEDED)
+    return 0 if needed == 0 else get_i64(needed, task)
+
+
+@numba.njit(error_model="numpy")
+def _bundle_of(network: int, neuron: int) -> int:
+    """Address of a neuron's bundle."""
+    homes = get_i64(network, HOMES)
+    if homes != 0:
+        return get_i64(homes, neuron) & ~TIER_BITS
+    return get_i64(network, DATA) + neuron * get_i64(network, BUNDLE_STRIDE)
 
 
 @numba.njit(error_model="numpy")
@@ -180,8 +214,23 @@ def _next_ahead(arguments: int, worker: int, queue: int, passed: int) -> int:
             idx = min(idx - count, next_count - 1)
             task, side = get_i64(queue, NEXT_TASK), 1 - side
     network, neuron = _network_of(arguments, task), get_i32(_list_of(arguments, worker, side), idx)
-    row = get_i64(network, DATA) + neuron * get_i64(network, BUNDLE_STRIDE)
-    return row + part * get_i64(network, ROW_STRIDE)
+    return _bundle_of(network, neuron) + part * get_i64(network, ROW_STRIDE)
+
+
+@numba.njit(error_model="numpy")
+def _values_of(arguments: int, task: int) -> int:
+    """Address of float32 [NUM_NEURONS] that neurons' values go to, instead of their down rows into a sum; 0: none."""
+    values, slot = get_i64(arguments, HIDDEN), task // get_i64(arguments, NUM_SHARES)
+    return 0 if values == 0 else values + slot * get_i64(arguments, NUM_NEURONS) * 4
+
+
+@numba.njit(error_model="numpy")
+def _keep_value(values: int, neuron: int, value: float) -> bool:
+    """Whether values are kept; if so, this one is."""
+    if values == 0:
+        return False
+    put_f32(values, neuron, value)
+    return True
 
 
 @numba.njit(error_model="numpy")
@@ -192,8 +241,7 @@ def _run_listed(arguments: int, worker: int, queue: int, y: int) -> None:
     """
     network = _network_of(arguments, get_i64(queue, TASK))
     listed, count = _list_of(arguments, worker, get_i64(queue, SIDE)), get_i64(queue, COUNT)
-    data, bundle_stride = get_i64(network, DATA), get_i64(network, BUNDLE_STRIDE)
-    row_stride = get_i64(network, ROW_STRIDE)
+    row_stride, values = get_i64(network, ROW_STRIDE), _values_of(arguments, get_i64(queue, TASK))
     gate_bias, up_bias = get_i64(network, GATE_BIAS), get_i64(network, UP_BIAS)
     kind, threshold = get_i64(arguments, ACTIVATION), get_f32(arguments, 2 * THRESHOLD)
     has_gate, rows_ahead = get_i64(arguments, HAS_GATE), get_i64(queue, ROWS_AHEAD)
@@ -201,7 +249,8 @@ def _run_listed(arguments: int, worker: int, queue: int, y: int) -> None:
     waiting, num_gates, num_ups, num_downs = 0, 0, 0, 0
     for idx in range(count):
         neuron = get_i32(listed, idx)
-        row, gate = data + neuron * bundle_stride, np.float32(0.0)
+        row, gate = _bundle_of(network, neuron), np.float32(0.0)
+        _keep_value(values, neuron, np.float32(0.0))
         passed = rows_ahead * idx + 1
         if has_gate != 0:
             gate = row_times_input(arguments, worker, row, _next_ahead(arguments, worker, queue, passed))
@@ -222,7 +271,7 @@ def _run_listed(arguments: int, worker: int, queue: int, y: int) -> None:
             up += get_f32(up_bias, neuron)
         num_ups += 1
         hidden = activate(kind, gate, up)
-        if hidden == 0.0:
+        if hidden == 0.0 or _keep_value(values, neuron, np.float32(hidden)):
             continue
         num_downs += 1
         put_i64(waiting_rows, waiting, row + row_stride)

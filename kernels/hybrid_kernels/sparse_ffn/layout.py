@@ -18,8 +18,12 @@ from hybrid_kernels.native.input_layout import INPUT_WORDS
     READ_ROWS,  # address of int64 [workers, 8]: gate, up and down rows that each read, added to
     LISTS,  # address of int32 [workers, 2, LIST_SIZE], written: the neurons of a worker's share, and of its next one
     LIST_SIZE,  # most_listed(NUM_NEURONS, NUM_SHARES)
-) = range(INPUT_WORDS, INPUT_WORDS + 15)
-NUM_WORDS = INPUT_WORDS + 15
+    SLOT_SHARES,  # shares of SHARES that a network has: NUM_SHARES, or more where others write some of them
+    HIDDEN,  # address of float32 [NUM_SLOTS, NUM_NEURONS], written: values of neurons, no down row is added; 0: none
+    NEEDED,  # address of int64 [NUM_SLOTS, NUM_SHARES]: see tiers/layout.py; 0: nothing is waited for
+    DISK,  # address of the words of who reads the disk; 0: nobody does
+) = range(INPUT_WORDS, INPUT_WORDS + 19)
+NUM_WORDS = INPUT_WORDS + 19
 
 
 def most_listed(num_neurons: int, num_shares: int) -> int:
@@ -27,8 +31,9 @@ def most_listed(num_neurons: int, num_shares: int) -> int:
     return -(-num_neurons // num_shares)
 
 
-BUNDLE_WORDS = 5
-DATA, BUNDLE_STRIDE, ROW_STRIDE, GATE_BIAS, UP_BIAS = range(BUNDLE_WORDS)
+BUNDLE_WORDS = 6
+DATA, BUNDLE_STRIDE, ROW_STRIDE, GATE_BIAS, UP_BIAS, HOMES = range(BUNDLE_WORDS)
+"""HOMES: address of int64 [NUM_NEURONS], where each bundle is (tiers/layout.py); 0: side by side from DATA on."""
 
 (
     SUM_X,  # address: float32 [SUM_COLUMNS], what is added to

@@ -140,7 +140,7 @@ class _Study:
         ]
 
     def _each(self, make: Callable[[Bundles], Predictor]) -> Layers:
-        return [[make(ffn.bundles) for ffn in layer.experts] for layer in self._decoder.weights.layers]
+        return [[make(ffn.plain_bundles) for ffn in layer.experts] for layer in self._decoder.weights.layers]
 
     def _norm(self, layer_idx: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """From what predictors read to what neurons read; None where that is the same."""
@@ -166,7 +166,7 @@ class _Study:
             for expert_idx, ffn in enumerate(layer.experts):
                 inputs, active = samples.of_expert(expert_idx, self._config.intermediate_size, most)
                 inputs = inputs if norm is None else norm(inputs)
-                predictor = make(layer_idx, ffn.bundles, partial(_inputs_of, samples, expert_idx, norm))
+                predictor = make(layer_idx, ffn.plain_bundles, partial(_inputs_of, samples, expert_idx, norm))
                 made.append(predictor)
                 logits.append(predictor.logits(inputs, self._decoder.team))
                 fired.append(active)
@@ -200,7 +200,7 @@ def _result(
     with_them = Decoder(config, weights, "trained", decoder.team)
     losses = window_losses(TokenSequence(with_them, sequence.cache), profile.held_out)
     num_bytes = sum(map(_layer_bytes, predictors))
-    neurons = sum(ffn.bundles.data.numel() for layer in decoder.weights.layers for ffn in layer.experts)
+    neurons = sum(ffn.plain_bundles.data.numel() for layer in decoder.weights.layers for ffn in layer.experts)
     loss, error = losses.increase_over(exact)
     return KindResult(
         kind,
