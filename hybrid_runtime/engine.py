@@ -27,13 +27,22 @@ from hybrid_runtime.generation.report import GenerationReport
 from hybrid_runtime.generation.sampling import SamplingParams
 from hybrid_runtime.generation.sequence import Generation, TokenSequence, check_prompt
 from hybrid_runtime.generation.stop import StopMatcher
-from hybrid_runtime.machine import available_ram_bytes, current_rss_bytes, physical_cores, usable_cores
+from hybrid_runtime.machine import (
+    available_ram_bytes,
+    current_rss_bytes,
+    physical_cores,
+    ram_limit_bytes,
+    usable_cores,
+)
 from hybrid_runtime.model.decoder import Decoder, PredictorMode, choose_predictor_mode
 from hybrid_runtime.model.kernels import needed_kernels
 from hybrid_runtime.model.kv_cache import KvCache, KvDtype, check_kv_dtype
 from hybrid_runtime.model.trained_predictors import load_predictors, with_predictors
-from hybrid_runtime.model.weights import load_weights
+from hybrid_runtime.model.weights import DecoderWeights, load_weights, tiered_weights
+from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER
+from hybrid_runtime.profiling.run import ProfileRequest, make_profile
 from hybrid_runtime.progress import NoProgress, Progress
+from hybrid_runtime.spreading import Spread, SpreadRequest, find_spread
 from hybrid_runtime.store.beside import beside, store_digest
 from hybrid_runtime.store.memory import LoadMode
 from hybrid_runtime.store.predictor_files import PREDICTOR_FOLDER, PredictorHeader, has_predictors, read_header
@@ -41,6 +50,9 @@ from hybrid_runtime.store.reader import Store
 from hybrid_runtime.stores import ModelRequest, find_model, load_store_tokenizer
 from hybrid_runtime.text.chat import Message, render_chat
 from hybrid_runtime.text.tokenizer import Tokenizer
+from hybrid_runtime.tiers.disk_cache import DiskCache
+from hybrid_runtime.tiers.load import load_tiered
+from hybrid_runtime.tiers.tiering import Tiering
 
 MOST_POSITIONS = 1 << 24
 SMALLEST_SHARED_BYTES = 8 << 20
@@ -63,14 +75,18 @@ def _say_nothing(message: str) -> None:
 class LoadOptions:
     """How a model is loaded. Each None means that the model or the machine decides.
 
-    ram_bytes: the promised peak of the process. num_positions: the context in tokens. predictor: a PredictorMode.
-    kv_dtype: f32 for an f32 store, else f16. scores: whether `logits` will be asked for, which takes more memory.
+    ram_bytes: the promised peak of the process; what is too little for all neurons leaves some on disk, unless
+    spreads is False. vram_bytes: of a GPU that is simulated in this process's memory, beside ram_bytes. num_positions:
+    the context in tokens. predictor: a PredictorMode. kv_dtype: f32 for an f32 store, else f16. scores: whether
+    `logits` will be asked for, which takes more memory.
     load: the weights are read into memory, or mapped (they count against ram_bytes all the same).
     threads: that compute; None asks for `default_threads`.
     say: gets one line for each thing that the caller may want to know.
     """
 
     ram_bytes: int | None = None
+    vram_bytes: int = 0
+    spreads: bool = True
     num_positions: int | None = None
     predictor: PredictorMode | None = None
     kv_dtype: KvDtype | None = None
@@ -92,7 +108,10 @@ class TrainedPredictors:
 
 @dataclass(frozen=True, slots=True)
 class OpenModel:
-    """A store, and all that was decided about running it. No weight is in memory yet."""
+    """A store, and all that was decided about running it. No weight is in memory yet.
+
+    spread: where its neurons go; None: into one memory.
+    """
 
     store: Store
     predictor_mode: PredictorMode
@@ -103,11 +122,14 @@ class OpenModel:
     num_threads: int
     kernels: KernelLibrary
     trained: TrainedPredictors | None = None
+    spread: Spread | None = None
 
     def load_sequence(self) -> TokenSequence:
         """The decoder with its weights, and an empty context."""
         config = self.store.manifest.config
-        weights = load_weights(self.store, self.load)
+        weights = (
+            load_weights(self.store, self.load) if self.spread is None else _spread_weights(self.store, self.spread)
+        )
         if self.trained is not None:
             config = replace(config, predictor_input=self.trained.header.input)
             predictors = load_predictors(self.trained.folder, self.trained.header, config)
@@ -136,7 +158,11 @@ def open_model(request: ModelRequest, options: LoadOptions, *, needs_tokenizer: 
         largest_converted_bytes=found.largest_converted_bytes,
     )
     plan = plan_memory(config, needs, current_rss_bytes())
-    require_memory(plan, options.ram_bytes, available_ram_bytes())
+    spreads = options.vram_bytes > 0 or (options.spreads and not fits_memory(plan, options.ram_bytes))
+    if not spreads:
+        require_memory(plan, options.ram_bytes, available_ram_bytes())
+    elif needs.largest_converted_bytes:  # the rest is refused when it is planned, with its numbers
+        require_memory(replace(plan, weights=0, kv_cache=0, workspace=0), options.ram_bytes, available_ram_bytes())
     if num_positions > max(config.max_position_embeddings, LEAST_DEFAULT_POSITIONS):
         options.say(f"--ctx {num_positions}: the model was made for {config.max_position_embeddings} tokens")
     store = found.open(options.progress, options.say)
@@ -144,12 +170,83 @@ def open_model(request: ModelRequest, options: LoadOptions, *, needs_tokenizer: 
     if predictor_mode == "trained":
         trained = find_predictors(store, cache_dir)
         plan = replace(plan, weights=plan.weights + trained.header.num_bytes)
-        require_memory(plan, options.ram_bytes, available_ram_bytes())
+        spreads = spreads or (options.spreads and not fits_memory(plan, options.ram_bytes))
+        if not spreads:
+            require_memory(plan, options.ram_bytes, available_ram_bytes())
     num_threads = options.threads or default_threads(store.num_bytes)
     kernels = KernelLibrary(options.say)
     rows = None if trained is None else trained.header.row_format
-    kernels.prepare(needed_kernels(config, store.manifest.quantization, rows))
-    return OpenModel(store, predictor_mode, num_positions, kv_dtype, options.load, plan, num_threads, kernels, trained)
+    kernels.prepare(needed_kernels(config, store.manifest.quantization, rows, tiered=spreads))
+    opened = OpenModel(
+        store, predictor_mode, num_positions, kv_dtype, options.load, plan, num_threads, kernels, trained
+    )
+    return _spread_out(opened, options, cache_dir) if spreads else opened
+
+
+def fits_memory(plan: MemoryPlan, ram_bytes: int | None) -> bool:
+    """Whether the plan's peak is within --ram, and within what the machine can give."""
+    within_budget = ram_bytes is None or plan.total <= ram_bytes
+    return within_budget and plan.total - plan.program <= available_ram_bytes()
+
+
+def _spread_out(opened: OpenModel, options: LoadOptions, cache_dir: Path) -> OpenModel:
+    """The same with a place for every neuron. Raise BudgetError where the budgets do not hold what must be held."""
+    store = opened.store
+    free_bytes = available_ram_bytes() + opened.memory_plan.program - options.vram_bytes
+    request = SpreadRequest(
+        vram_bytes=options.vram_bytes,
+        ram_bytes=min(free_bytes, ram_limit_bytes()) if options.ram_bytes is None else options.ram_bytes,
+        is_simulated=options.vram_bytes > 0,
+        num_positions=opened.num_positions,
+        kv_dtype=opened.kv_dtype,
+        mode=opened.predictor_mode,
+        predictors=None if opened.trained is None else opened.trained.header,
+        num_threads=opened.num_threads,
+        cache_dir=cache_dir,
+        program_bytes=opened.memory_plan.program,
+    )
+
+    def profile(spread: Spread, asked: ProfileRequest) -> None:
+        sequence = replace(opened, spread=spread).load_sequence()
+        tokenizer, _ = load_store_tokenizer(store)
+        profile_with_progress(store, sequence, tokenizer, asked, beside(store, cache_dir) / PROFILE_FOLDER, options)
+
+    spread = find_spread(store, request, profile, options.say)
+    memory = spread.memory_plan(store.manifest, request)
+    require_memory(memory, options.ram_bytes, available_ram_bytes() - spread.simulated_bytes)
+    return replace(opened, spread=spread, memory_plan=memory)
+
+
+def _spread_weights(store: Store, spread: Spread) -> DecoderWeights:
+    config, plan = store.manifest.config, spread.plan
+    loaded = load_tiered(store, plan, spread.tiers)
+    bundle_bytes = loaded.networks[0][0].bundle_bytes
+    most_misses = max(1, config.num_experts_per_tok) * config.intermediate_size
+    cache = DiskCache(plan.cache_bytes // bundle_bytes, bundle_bytes, most_misses)
+    return tiered_weights(config, loaded, Tiering(plan, cache))
+
+
+def profile_with_progress(
+    store: Store,
+    sequence: TokenSequence,
+    tokenizer: Tokenizer,
+    request: ProfileRequest,
+    folder: Path,
+    options: LoadOptions,
+) -> None:
+    """Make a profile and show how far it is."""
+    progress, seen = options.progress, 0
+    progress.start(f"profiling {store.manifest.model}", request.num_tokens or 0, "tokens")
+
+    def on_window(num_tokens: int) -> None:
+        nonlocal seen
+        progress.advance(num_tokens - seen)
+        seen = num_tokens
+
+    try:
+        make_profile(store, sequence, tokenizer, request, folder, on_window)
+    finally:
+        progress.done()
 
 
 def find_predictors(store: Store, cache_dir: Path) -> TrainedPredictors:

@@ -35,14 +35,16 @@ def load_engine(
     cache_dir: Path | None,
     verbose: bool,
     scores: bool = False,
+    simulate_gpu: bool = False,
 ) -> Engine:
     """Load the model as the flags ask, telling the user on stderr what takes long and what cannot be had."""
     num_threads = threads or min(physical_cores(), usable_cores())
     use_threads(num_threads)
-    if vram_bytes > 0:
+    if vram_bytes > 0 and not simulate_gpu:
         _explain_vram(vram_bytes)
     options = LoadOptions(
         ram_bytes=ram_bytes,
+        vram_bytes=vram_bytes if simulate_gpu else 0,
         num_positions=num_positions,
         predictor=cast("PredictorMode | None", predictor),  # click offers only these
         kv_dtype=cast("KvDtype | None", kv_dtype),

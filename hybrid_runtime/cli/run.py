@@ -41,6 +41,7 @@ class Settings:
     system: str | None
     raw: bool
     vram: int
+    simulate_gpu: bool
     ram: int | None
     ctx: int | None
     max_tokens: int
@@ -73,6 +74,9 @@ class Settings:
 @click.option("--system", metavar="TEXT", help="System message of a chat.")
 @click.option("--raw", is_flag=True, help="Continue the text as it is, also where the model has a chat template.")
 @click.option("--vram", type=Size(), default="0", show_default=True, metavar="SIZE", help="GPU memory to use, e.g. 8G.")
+@click.option(
+    "--simulate-gpu", is_flag=True, help="Keep what --vram plans for the GPU in RAM, beside --ram, and compute it here."
+)
 @click.option(
     "--max-tokens", "-n", type=int, default=512, show_default=True, metavar="N", help="Longest answer, in tokens."
 )
@@ -169,6 +173,8 @@ def _sampling_params(settings: Settings) -> SamplingParams:
 
 
 def _load(settings: Settings) -> Engine:
+    if settings.simulate_gpu and not settings.vram:
+        raise UsageError("--simulate-gpu: how much memory has the GPU? give --vram SIZE")
     from hybrid_runtime.cli.loading import load_engine  # noqa: PLC0415  # imports torch
     from hybrid_runtime.stores import ModelRequest  # noqa: PLC0415
 
@@ -193,8 +199,9 @@ def _load(settings: Settings) -> Engine:
         threads=settings.threads,
         cache_dir=settings.cache_dir,
         verbose=settings.verbose,
+        simulate_gpu=settings.simulate_gpu,
     )
-    if settings.vram > 0 and engine.config.activation.is_sparse:
+    if settings.vram > 0 and not settings.simulate_gpu and engine.config.activation.is_sparse:
         from hybrid_runtime.cli.offline import prepare_plan  # noqa: PLC0415  # only where a plan is wanted
 
         prepare_plan(engine, settings.vram, settings.ram, settings.cache_dir)

@@ -69,6 +69,8 @@ class Decoder:
         self.predictor_mode = predictor_mode
         self.team = team or Team(1)
         self.counters = DecodeCounters(self.team)
+        if weights.tiering is not None:
+            weights.tiering.cache.serve(self.team)
         self._programs: weakref.WeakKeyDictionary[KvCache, TokenProgram] = weakref.WeakKeyDictionary()
 
     @property

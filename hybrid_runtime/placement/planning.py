@@ -130,8 +130,9 @@ def make_planner(
     cache_dir: Path,
     say: Say,
     program_bytes: int | None = None,
+    profile: Profile | None = None,
 ) -> Planner:
-    """Read the profile and measure the machine, where that was not done before.
+    """Read the profile (or take the one given, which has no samples) and measure the machine, unless that was done.
 
     predictors: trained ones that decoding will use; mode: what it does where there are none, None: as the model was
     made; gpu_name: of KNOWN_GPUS, to plan for one that is not here; program_bytes: of the process without the model,
@@ -143,11 +144,14 @@ def make_planner(
     check_kv_dtype(config, kv_dtype)
     mode = "trained" if predictors is not None else choose_predictor_mode(config, mode)
     program_bytes = current_rss_bytes() if program_bytes is None else program_bytes
-    profile = read_profile(profile_folder, config, store_digest(store))
+    ratios = SampledRatios(None, None)
+    if profile is None:
+        profile = read_profile(profile_folder, config, store_digest(store))
+        ratios = sampled_ratios(store, profile_folder)
     machine = describe_machine()
     speeds = machine_speeds(machine, store.manifest.quantization.weights, num_threads, cache_dir, say)
     speeds = with_disk_of(speeds, store.folder, cache_dir, say)
-    reading = _reading(predictors, mode, sampled_ratios(store, profile_folder), say)
+    reading = _reading(predictors, mode, ratios, say)
     predictor_bytes = None if predictors is None else tuple(layer.num_bytes for layer in predictors.layers)
     rows = expected_rows(profile, config, reading)
     conditions = DecodeConditions(

@@ -13,7 +13,7 @@ from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_kernels.tiers.layout import DISK, GPU, TIER_BITS
 from hybrid_runtime.store.direct_file import DirectFile, page_aligned, pages_around
 
-GATHERED_BYTES = 32 << 20  # of bundles that a batch is given at a time
+GATHERED_BYTES = 16 << 20  # of bundles that a batch is given at a time
 READ_BYTES = 4 << 20  # of the disk at a time
 WORTHWHILE_GAP = 16  # bundles: reading over fewer that nobody needs is quicker than another read
 
@@ -24,7 +24,8 @@ class TieredBundles:
 
     hot, ram: uint8 [n, parts, row_bytes], the bundles of the GPU's and of RAM's tier of the whole layer; the homes of
     those are addresses in them. down_rows: uint8 [n, row_bytes], those that the GPU has beside its bundles' own;
-    down_homes: int64 [I], their addresses by neuron, 0 where there is none. offset: where the network's bundles begin in the layer's file. The biases as in Bundles.
+    down_homes: int64 [I], their addresses by neuron, 0 where there is none. offset: where the network's bundles begin
+    in the layer's file. The biases as in Bundles.
     """
 
     homes: np.ndarray

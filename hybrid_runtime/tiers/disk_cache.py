@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from hybrid_kernels.native.arguments import Word, words
+from hybrid_kernels.team import Team
 from hybrid_kernels.tiers import layout
 from hybrid_runtime.errors import StoreError
 from hybrid_runtime.store.direct_file import page_aligned, pages_around
@@ -49,6 +50,7 @@ class DiskCache:
 
     def __init__(self, num_slots: int, slot_bytes: int, most_misses: int, *, asynchronous: bool = True) -> None:
         self.num_slots = num_slots
+        self._team: Team | None = None
         slots = anonymous_block(num_slots * slot_bytes) if num_slots else torch.zeros(0, dtype=torch.uint8)
         counts = [np.zeros(max(1, num_slots), dtype=np.int64) for _ in range(3)]
         num_buffers = NUM_BUFFERS if num_slots else 1
@@ -84,6 +86,11 @@ class DiskCache:
     def is_asynchronous(self) -> bool:
         """Whether reads go on while bundles are computed."""
         return self._context != 0
+
+    def serve(self, team: Team) -> None:
+        """From now on its workers wait here."""
+        self.words[layout.TEAM] = team.state_address
+        self._team = team
 
     def counts(self) -> TierCounts:
         """Since the last reset."""

@@ -24,7 +24,6 @@ from hybrid_runtime.tiers.bundles import TieredBundles
 
 CHUNK_BYTES = 8 << 20
 READ_THREADS = 4
-LOADING_BYTES = READ_THREADS * (CHUNK_BYTES + (64 << 10))
 ALIGNMENT = 64  # bytes: of a weight in memory
 
 

@@ -24,6 +24,10 @@ MOST_THREADS = 256
 _KERNEL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3)
 
 
+class WorkerGoneError(RuntimeError):
+    """A worker's thread has ended in the middle of a program: what it would have computed is missing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One kernel of a program. arguments: int64 words whose meaning the kernel's file defines.
@@ -94,6 +98,8 @@ class Team:
         self.kernel_s = 0.0
         self._state = np.zeros(words.STATE_WORDS, dtype=np.int64)
         self._state[words.NUM_WORKERS] = num_threads
+        self._threads = np.zeros(num_threads, dtype=np.int64)
+        self._state[words.THREADS] = self._threads.ctypes.data
         self._returned = np.zeros(2, dtype=np.int64)  # what a Numba function writes its result's and error's pointer to
         self._run = _KERNEL(self.library.address(kernel("run_program")))
         self._lock = threading.Lock()
@@ -108,15 +114,19 @@ class Team:
         ]
         for thread in threads:
             thread.start()
-        self._finalizer = weakref.finalize(self, _close, self._run, self._state, threads)
+        self._finalizer = weakref.finalize(self, _close, self._run, (self._state, self._threads), threads)
 
     def program(self, operations: Sequence[Operation]) -> Program:
         """Prepare operations to be run by this team."""
         return Program(operations, self.library)
 
     def run(self, program: Program) -> None:
-        """Run every operation of the program once, on all workers."""
+        """Run every operation of the program once, on all workers.
+
+        Raises WorkerGoneError, within a second, where a worker's thread has ended; the team can run nothing any more.
+        """
         with self._lock:
+            self._check()
             if program is not self._current:
                 self._state[words.PROGRAM] = program.words.ctypes.data
                 self._state[words.LENGTH] = len(program.operations)
@@ -125,6 +135,16 @@ class Team:
             started_s = time.perf_counter()
             self._run(self._returned.ctypes.data, self._returned.ctypes.data + 8, self._state.ctypes.data, 0, 0)
             self.kernel_s += time.perf_counter() - started_s
+            self._check()
+
+    @property
+    def state_address(self) -> int:
+        """Of the words that its workers share (native/state_layout.py)."""
+        return int(self._state.ctypes.data)
+
+    def _check(self) -> None:
+        if self._state[words.CALLED_OFF]:
+            raise WorkerGoneError("a worker thread of this process has ended while it computed; load the model again")
 
     def close(self) -> None:
         """End the workers. Happens by itself when the team is collected."""
@@ -136,8 +156,11 @@ def _work(function: object, state: np.ndarray, worker: int, own: np.ndarray) -> 
     function(returned.ctypes.data, returned.ctypes.data + 8, state.ctypes.data, worker, own.ctypes.data)  # type: ignore[operator]
 
 
-def _close(run: object, state: np.ndarray, threads: list[threading.Thread]) -> None:
+def _close(run: object, memory: tuple[np.ndarray, np.ndarray], threads: list[threading.Thread]) -> None:
     """Run a program of nothing, after which workers look whether the team is closed."""
+    state, _ = memory
+    if state[words.CALLED_OFF]:
+        return  # the others have left, or will: one of them is gone and cannot be waited for
     state[words.CLOSED], state[words.LENGTH] = 1, 0
     returned = np.zeros(2, dtype=np.int64)
     run(returned.ctypes.data, returned.ctypes.data + 8, state.ctypes.data, 0, 0)  # type: ignore[operator]

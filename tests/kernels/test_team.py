@@ -261,3 +261,53 @@ def test_a_process_with_a_team_ends_by_itself():
     program = "from hybrid_kernels.team import Team; team = Team(3); print('ready')"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
     assert (ran.returncode, ran.stdout) == (0, "ready\n"), ran.stderr
+
+
+EXITS_A_THREAD = """
+import ctypes, sys, threading, time
+import numpy as np
+from hybrid_kernels.native import state_layout
+from hybrid_kernels.native.kernel_names import kernel
+from hybrid_kernels.team import Operation, Team, WorkerGoneError
+
+num_threads, victim = int(sys.argv[1]), int(sys.argv[2])
+team = Team(num_threads)
+libc = ctypes.CDLL(None)
+
+@ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3)
+def end_thread(result, error, arguments, worker, counter):
+    if worker == victim:
+        libc.syscall(60, 0)  # exit: this thread alone, in the middle of an operation
+    return 0
+
+words = np.zeros(8, dtype=np.int64)
+program = team.program([Operation(kernel("sum_shares"), label, words) for label in ("ends", "after")])
+program.words[:, state_layout.FUNCTION] = ctypes.cast(end_thread, ctypes.c_void_p).value
+started_s = time.perf_counter()
+try:
+    team.run(program)
+except WorkerGoneError as error:
+    print(f"{time.perf_counter() - started_s:.2f}", error, flush=True)
+try:
+    team.run(program)
+except WorkerGoneError:
+    print("and runs nothing any more", flush=True)
+team.close()
+print("closed", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which thread is gone")
+@pytest.mark.parametrize(("num_threads", "victim"), [(2, 1), (3, 2)])
+def test_a_worker_that_ends_mid_program_is_an_error_within_two_seconds(num_threads, victim):
+    done = subprocess.run(
+        [sys.executable, "-c", EXITS_A_THREAD, str(num_threads), str(victim)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    lines = done.stdout.splitlines()
+    assert float(lines[0].split()[0]) < 2
+    assert "has ended while it computed" in lines[0]
+    assert lines[1:] == ["and runs nothing any more", "closed"]
+    assert done.returncode == 0, done.stderr

@@ -10,6 +10,8 @@ A team's state, int64 words, each on a cache line of its own:
     COUNTERS          address of one counter an operation, each on a line
     CLOSED            not zero: workers return
     NUM_WORKERS       the caller's thread included
+    THREADS           address of the system's number of each worker's thread; 0: not begun yet
+    CALLED_OFF        not zero: a worker is gone, everyone returns at the next barrier
 
 An operation is eight int64 words: the kernel's address, its arguments' address, whether a barrier follows, ticks of the
 processor's time counter that worker 0 has spent in it, barrier included (added to, for profiles), and what each worker
@@ -17,7 +19,19 @@ prefetches before that barrier: an address, the bytes from it to the next worker
 """
 
 LINE = 8  # int64 words
-EPOCH, ARRIVED, GENERATION, SLEEPERS, PROGRAM, LENGTH, COUNTERS, CLOSED, NUM_WORKERS = range(0, 9 * LINE, LINE)
-STATE_WORDS = 9 * LINE
+(
+    EPOCH,
+    ARRIVED,
+    GENERATION,
+    SLEEPERS,
+    PROGRAM,
+    LENGTH,
+    COUNTERS,
+    CLOSED,
+    NUM_WORKERS,
+    THREADS,
+    CALLED_OFF,
+) = range(0, 11 * LINE, LINE)
+STATE_WORDS = 11 * LINE
 OPERATION_WORDS = 8
 FUNCTION, ARGUMENTS, BARRIER, TICKS, AHEAD, AHEAD_STRIDE, AHEAD_BYTES, _UNUSED = range(OPERATION_WORDS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numba
 
+from hybrid_kernels.native.liveness import call_off_if_gone
 from hybrid_kernels.native.memory_access import (
     atomic_add,
     atomic_get,
@@ -55,6 +56,7 @@ from hybrid_kernels.tiers.layout import (
     SLEEPERS,
     SLOT_BYTES,
     STALL_TICKS,
+    TEAM,
     TIMEOUT,
     TOTAL_BYTES,
     TOTAL_READS,
@@ -65,6 +67,7 @@ BLOCK_BYTES, EVENT_BYTES = 64, 32
 SPINS = 200
 ENDED_EARLY = 1
 UNREADABLE = -5  # EIO
+WORKER_GONE = -125  # ECANCELED: who held the lock will not give it back
 EVERYTHING = 1 << 62
 
 
@@ -108,6 +111,8 @@ def _wait_for_others(disk: int, arrived: int) -> None:
     atomic_add(disk + 8 * SLEEPERS, 1)
     if atomic_get(disk + 8 * LOCK) != 0:
         sleep_while(disk + 8 * ARRIVED, arrived)
+        if atomic_get(disk + 8 * ARRIVED) == arrived and call_off_if_gone(get_i64(disk, TEAM)):
+            fail(disk, WORKER_GONE)
     atomic_add(disk + 8 * SLEEPERS, -1)
 
 

@@ -61,6 +61,7 @@ SPLIT_WORDS = 18
     LOCK,  # who increases it from 0 hands in reads and looks for arrived ones
     ARRIVED,  # misses that have arrived, all before them too: what shares wait for
     SLEEPERS,
+    TEAM,  # address of the state of the team whose workers wait here
     FAILED,  # 0, or what went wrong: a negative errno, or 1 for a file that ends too early
     # counted since the last reset
     HITS,
@@ -70,8 +71,8 @@ SPLIT_WORDS = 18
     STALL_TICKS,  # of the processor's time counter, waited for reads, all workers together
     HOT_NEURONS,  # active ones on the GPU
     COLD_NEURONS,
-) = range(35)
-DISK_WORDS = 35
+) = range(36)
+DISK_WORDS = 36
 
 READ_WORDS = 6
 READ_FILE, READ_OFFSET, READ_BYTES, READ_FIRST, READ_COUNT, READ_DONE = range(READ_WORDS)

@@ -11,10 +11,10 @@ from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_runtime.model.decoder import Decoder, choose_predictor_mode
 from hybrid_runtime.model.kv_cache import KvCache
 
-from ..model import published_models as models
-from ..model.test_token_program import MODELS, TOLERANCES
-from ..model.tiny_models import load, random_tokens, write_folder
-from .tiered_models import MERGES, random_tiers, spread
+from ..model import published_models as models  # noqa: TID252
+from ..model.test_token_program import MODELS, TOLERANCES  # noqa: TID252
+from ..model.tiny_models import load, random_tokens, write_folder  # noqa: TID252
+from .tiered_models import spread
 
 FORMATS = [RowFormat("f32"), RowFormat("bf16"), RowFormat("q8", 32), RowFormat("q4", 32)]
 TOKENS = random_tokens(models.VOCAB)

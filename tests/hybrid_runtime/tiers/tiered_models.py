@@ -60,7 +60,7 @@ def plan_of(manifest, merges, tiers, *, num_positions=64, cache_bytes=0, dense_o
 
 
 def spread(store, seed, *, merges=MERGES, spare_slots=1, asynchronous=True, points_and_tiers=None) -> DecoderWeights:
-    """A store's weights, its neurons spread over tiers. spare_slots: of the cache, beyond what one layer can ask for."""
+    """A store's weights, spread over tiers. spare_slots: of the cache, beyond what one layer can ask for."""
     manifest = store.manifest
     config = manifest.config
     points, tiers = points_and_tiers or random_tiers(manifest, seed, merges)
