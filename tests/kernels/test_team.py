@@ -300,12 +300,8 @@ print("closed", flush=True)
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which thread is gone")
 @pytest.mark.parametrize(("num_threads", "victim"), [(2, 1), (3, 2)])
 def test_a_worker_that_ends_mid_program_is_an_error_within_two_seconds(num_threads, victim):
-    done = subprocess.run(
-        [sys.executable, "-c", EXITS_A_THREAD, str(num_threads), str(victim)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command = [sys.executable, "-c", EXITS_A_THREAD, str(num_threads), str(victim)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     lines = done.stdout.splitlines()
     assert float(lines[0].split()[0]) < 2
     assert "has ended while it computed" in lines[0]
