@@ -113,21 +113,25 @@ def workspace_bytes(config: ModelConfig, num_positions: int, *, scores: bool = F
     return stream + max(attention + keys_and_values, feed_forward) + logits + KERNEL_BLOCK_BYTES
 
 
-def require_memory(plan: MemoryPlan, ram_bytes: int | None, available_bytes: int) -> None:
+def require_memory(
+    plan: MemoryPlan, ram_bytes: int | None, available_bytes: int, least: MemoryPlan | None = None
+) -> None:
     """Raise BudgetError when the plan's peak is above --ram, or above what the machine can give.
 
-    available_bytes: free for this process now, beside what it already holds (plan.program).
+    available_bytes: free for this process now, beside what it already holds (plan.program). least: the same run with
+    its neurons on disk, where it may leave them there.
     """
+    on_disk = "" if least is None else f" ({_mebibytes_above(least.total + ADVICE_SLACK_BYTES)}M with neurons on disk)"
     if ram_bytes is not None and plan.total > ram_bytes:
         raise BudgetError(
             f"--ram {format_bytes(ram_bytes)}: the model needs {format_bytes(plan.total)} ({plan.describe()}); "
-            f"give at least --ram {_mebibytes_above(plan.total + ADVICE_SLACK_BYTES)}M, "
+            f"give at least --ram {_mebibytes_above(plan.total + ADVICE_SLACK_BYTES)}M{on_disk}, "
             "a smaller --ctx, or a smaller --quant"
         )
     if plan.total - plan.program > available_bytes:
         raise BudgetError(
             f"the model needs {format_bytes(plan.total)} ({plan.describe()}), the machine has "
-            f"{format_bytes(available_bytes)} free; close other programs, or use a smaller --ctx or --quant"
+            f"{format_bytes(available_bytes)} free{on_disk}; close other programs, or use a smaller --ctx or --quant"
         )
 
 

@@ -38,11 +38,11 @@ from hybrid_runtime.model.decoder import Decoder, PredictorMode, choose_predicto
 from hybrid_runtime.model.kernels import needed_kernels
 from hybrid_runtime.model.kv_cache import KvCache, KvDtype, check_kv_dtype
 from hybrid_runtime.model.trained_predictors import load_predictors, with_predictors
-from hybrid_runtime.model.weights import DecoderWeights, load_weights, tiered_weights
+from hybrid_runtime.model.weights import load_weights
 from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER
-from hybrid_runtime.profiling.run import ProfileRequest, make_profile
+from hybrid_runtime.profiling.run import ProfileRequest
 from hybrid_runtime.progress import NoProgress, Progress
-from hybrid_runtime.spreading import Spread, SpreadRequest, find_spread
+from hybrid_runtime.spreading import Spread, SpreadRequest, find_spread, load_spread, profile_with_progress
 from hybrid_runtime.store.beside import beside, store_digest
 from hybrid_runtime.store.memory import LoadMode
 from hybrid_runtime.store.predictor_files import PREDICTOR_FOLDER, PredictorHeader, has_predictors, read_header
@@ -50,9 +50,7 @@ from hybrid_runtime.store.reader import Store
 from hybrid_runtime.stores import ModelRequest, find_model, load_store_tokenizer
 from hybrid_runtime.text.chat import Message, render_chat
 from hybrid_runtime.text.tokenizer import Tokenizer
-from hybrid_runtime.tiers.disk_cache import DiskCache
-from hybrid_runtime.tiers.load import load_tiered
-from hybrid_runtime.tiers.tiering import Tiering
+from hybrid_runtime.tiers.memory import least_memory
 
 MOST_POSITIONS = 1 << 24
 SMALLEST_SHARED_BYTES = 8 << 20
@@ -127,9 +125,7 @@ class OpenModel:
     def load_sequence(self) -> TokenSequence:
         """The decoder with its weights, and an empty context."""
         config = self.store.manifest.config
-        weights = (
-            load_weights(self.store, self.load) if self.spread is None else _spread_weights(self.store, self.spread)
-        )
+        weights = load_weights(self.store, self.load) if self.spread is None else load_spread(self.store, self.spread)
         if self.trained is not None:
             config = replace(config, predictor_input=self.trained.header.input)
             predictors = load_predictors(self.trained.folder, self.trained.header, config)
@@ -158,9 +154,11 @@ def open_model(request: ModelRequest, options: LoadOptions, *, needs_tokenizer: 
         largest_converted_bytes=found.largest_converted_bytes,
     )
     plan = plan_memory(config, needs, current_rss_bytes())
-    spreads = options.vram_bytes > 0 or (options.spreads and not fits_memory(plan, options.ram_bytes))
+    least = least_memory(plan, config, found.weights)
+    can_spread = options.spreads and (options.vram_bytes > 0 or fits_memory(least, options.ram_bytes))
+    spreads = can_spread and (options.vram_bytes > 0 or not fits_memory(plan, options.ram_bytes))
     if not spreads:
-        require_memory(plan, options.ram_bytes, available_ram_bytes())
+        require_memory(plan, options.ram_bytes, available_ram_bytes(), least if options.spreads else None)
     elif needs.largest_converted_bytes:  # the rest is refused when it is planned, with its numbers
         require_memory(replace(plan, weights=0, kv_cache=0, workspace=0), options.ram_bytes, available_ram_bytes())
     if num_positions > max(config.max_position_embeddings, LEAST_DEFAULT_POSITIONS):
@@ -170,7 +168,7 @@ def open_model(request: ModelRequest, options: LoadOptions, *, needs_tokenizer: 
     if predictor_mode == "trained":
         trained = find_predictors(store, cache_dir)
         plan = replace(plan, weights=plan.weights + trained.header.num_bytes)
-        spreads = spreads or (options.spreads and not fits_memory(plan, options.ram_bytes))
+        spreads = spreads or (can_spread and not fits_memory(plan, options.ram_bytes))
         if not spreads:
             require_memory(plan, options.ram_bytes, available_ram_bytes())
     num_threads = options.threads or default_threads(store.num_bytes)
@@ -209,44 +207,13 @@ def _spread_out(opened: OpenModel, options: LoadOptions, cache_dir: Path) -> Ope
     def profile(spread: Spread, asked: ProfileRequest) -> None:
         sequence = replace(opened, spread=spread).load_sequence()
         tokenizer, _ = load_store_tokenizer(store)
-        profile_with_progress(store, sequence, tokenizer, asked, beside(store, cache_dir) / PROFILE_FOLDER, options)
+        folder = beside(store, cache_dir) / PROFILE_FOLDER
+        profile_with_progress(store, sequence, tokenizer, asked, folder, options.progress)
 
     spread = find_spread(store, request, profile, options.say)
     memory = spread.memory_plan(store.manifest, request)
     require_memory(memory, options.ram_bytes, available_ram_bytes() - spread.simulated_bytes)
     return replace(opened, spread=spread, memory_plan=memory)
-
-
-def _spread_weights(store: Store, spread: Spread) -> DecoderWeights:
-    config, plan = store.manifest.config, spread.plan
-    loaded = load_tiered(store, plan, spread.tiers)
-    bundle_bytes = loaded.networks[0][0].bundle_bytes
-    most_misses = max(1, config.num_experts_per_tok) * config.intermediate_size
-    cache = DiskCache(plan.cache_bytes // bundle_bytes, bundle_bytes, most_misses)
-    return tiered_weights(config, loaded, Tiering(plan, cache))
-
-
-def profile_with_progress(
-    store: Store,
-    sequence: TokenSequence,
-    tokenizer: Tokenizer,
-    request: ProfileRequest,
-    folder: Path,
-    options: LoadOptions,
-) -> None:
-    """Make a profile and show how far it is."""
-    progress, seen = options.progress, 0
-    progress.start(f"profiling {store.manifest.model}", request.num_tokens or 0, "tokens")
-
-    def on_window(num_tokens: int) -> None:
-        nonlocal seen
-        progress.advance(num_tokens - seen)
-        seen = num_tokens
-
-    try:
-        make_profile(store, sequence, tokenizer, request, folder, on_window)
-    finally:
-        progress.done()
 
 
 def find_predictors(store: Store, cache_dir: Path) -> TrainedPredictors:
@@ -265,9 +232,16 @@ class Engine:
     """A loaded model with its tokenizer and one sequence of tokens, whose KV cache is kept from prompt to prompt."""
 
     def __init__(
-        self, store: Store, sequence: TokenSequence, tokenizer: Tokenizer, chat_template: str | None, plan: MemoryPlan
+        self,
+        store: Store,
+        sequence: TokenSequence,
+        tokenizer: Tokenizer,
+        chat_template: str | None,
+        plan: MemoryPlan,
+        spread: Spread | None = None,
     ) -> None:
         self.store = store
+        self.spread = spread
         self.sequence = sequence
         self.tokenizer = tokenizer
         self.chat_template = chat_template
@@ -283,12 +257,24 @@ class Engine:
         """
         opened = open_model(ModelRequest(model) if isinstance(model, str) else model, options or LoadOptions())
         tokenizer, chat_template = load_store_tokenizer(opened.store)
-        return cls(opened.store, opened.load_sequence(), tokenizer, chat_template, opened.memory_plan)
+        return cls(opened.store, opened.load_sequence(), tokenizer, chat_template, opened.memory_plan, opened.spread)
 
     @property
     def config(self) -> ModelConfig:
         """The model's description."""
         return self.store.manifest.config
+
+    @property
+    def simulated_bytes(self) -> int:
+        """Of this process's memory, what stands for a GPU's: weights, and keys and values as far as there are any."""
+        tiering = self.sequence.decoder.weights.tiering
+        if tiering is None or self.spread is None:
+            return 0
+        on_gpu = sum(
+            part.num_bytes for part in self.spread.plan.parts if part.kind == "KV cache" and part.device == "gpu"
+        )
+        cache = self.sequence.cache
+        return tiering.gpu_bytes + on_gpu * cache.length // cache.num_positions
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, parse_special: bool = False

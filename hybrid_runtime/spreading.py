@@ -14,15 +14,18 @@ import torch
 
 from hybrid_runtime.budget import MemoryNeeds, MemoryPlan, plan_memory
 from hybrid_runtime.errors import BudgetError, CheckpointError
+from hybrid_runtime.generation.sequence import TokenSequence
 from hybrid_runtime.machine import describe_machine
 from hybrid_runtime.model.decoder import PredictorMode
 from hybrid_runtime.model.kv_cache import KvDtype
+from hybrid_runtime.model.weights import DecoderWeights, tiered_weights
 from hybrid_runtime.placement.parts import GPU_OVERHEAD_BYTES
 from hybrid_runtime.placement.plan import PLAN, Plan, read_plan, save_plan
 from hybrid_runtime.placement.planning import PLANS_FOLDER, make_planner, plan_folder_name, require_vram
 from hybrid_runtime.profiling.profile import Profile, TextDigest, empty_layers, watched_neurons
 from hybrid_runtime.profiling.profile_file import PROFILE, PROFILE_FOLDER, has_profile
-from hybrid_runtime.profiling.run import ProfileRequest, profiling_bytes
+from hybrid_runtime.profiling.run import ProfileRequest, make_profile, profiling_bytes
+from hybrid_runtime.progress import Progress
 from hybrid_runtime.shipped import SHIPPED_TEXT
 from hybrid_runtime.sizes import format_bytes
 from hybrid_runtime.speeds.gpu import KNOWN_GPUS
@@ -30,7 +33,11 @@ from hybrid_runtime.store.beside import beside, store_digest
 from hybrid_runtime.store.manifest import Manifest
 from hybrid_runtime.store.predictor_files import PredictorHeader
 from hybrid_runtime.store.reader import Store
+from hybrid_runtime.text.tokenizer import Tokenizer
+from hybrid_runtime.tiers.disk_cache import DiskCache
+from hybrid_runtime.tiers.load import load_tiered
 from hybrid_runtime.tiers.memory import tier_working_bytes
+from hybrid_runtime.tiers.tiering import Tiering
 
 SIMULATED_GPU = "rtx-4060"  # of KNOWN_GPUS: what a plan for a GPU that is not there takes its speeds from
 WINDOW = 256
@@ -76,7 +83,7 @@ class Spread:
         in_ram = {part.kind: part.num_bytes for part in self.plan.parts if part.device == "ram"}
         neurons = self.plan.neuron_bytes["ram"] + self.plan.cache_bytes
         cache = in_ram.pop("KV cache", 0)
-        working = memory.workspace + tier_working_bytes(manifest)
+        working = memory.workspace + tier_working_bytes(manifest.config, manifest.quantization.weights)
         return replace(memory, weights=neurons + sum(in_ram.values()), kv_cache=cache, workspace=working)
 
     @property
@@ -114,6 +121,39 @@ def find_spread(
     return made
 
 
+def load_spread(store: Store, spread: Spread) -> DecoderWeights:
+    """The weights in memory, as the plan has them."""
+    config, plan = store.manifest.config, spread.plan
+    loaded = load_tiered(store, plan, spread.tiers)
+    bundle_bytes = loaded.networks[0][0].bundle_bytes
+    most_misses = max(1, config.num_experts_per_tok) * config.intermediate_size
+    cache = DiskCache(plan.cache_bytes // bundle_bytes, bundle_bytes, most_misses)
+    return tiered_weights(config, loaded, Tiering(plan, cache, loaded.gpu_bytes))
+
+
+def profile_with_progress(
+    store: Store,
+    sequence: TokenSequence,
+    tokenizer: Tokenizer,
+    request: ProfileRequest,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Make a profile and show how far it is."""
+    seen = 0
+    progress.start(f"profiling {store.manifest.model}", request.num_tokens or 0, "tokens")
+
+    def on_window(num_tokens: int) -> None:
+        nonlocal seen
+        progress.advance(num_tokens - seen)
+        seen = num_tokens
+
+    try:
+        make_profile(store, sequence, tokenizer, request, folder, on_window)
+    finally:
+        progress.done()
+
+
 def profile_request(store: Store, num_positions: int) -> ProfileRequest:
     """Of a short profile on the package's own text. Raises BudgetError for a context too short to see anything in."""
     window = min(WINDOW, num_positions)
@@ -140,6 +180,7 @@ def blind_profile(store: Store) -> Profile:
 def _planned(store: Store, request: SpreadRequest, profile: Profile | None, say: Say, extra_bytes: int = 0) -> Spread:
     """profile: None for the one that lies beside the store."""
     gpu = SIMULATED_GPU if request.is_simulated and request.vram_bytes else None
+    working = tier_working_bytes(store.manifest.config, store.manifest.quantization.weights)
     planner = make_planner(
         store,
         beside(store, request.cache_dir) / PROFILE_FOLDER,
@@ -151,7 +192,7 @@ def _planned(store: Store, request: SpreadRequest, profile: Profile | None, say:
         gpu_name=gpu,
         cache_dir=request.cache_dir,
         say=say,
-        program_bytes=request.program_bytes + tier_working_bytes(store.manifest) + extra_bytes,
+        program_bytes=request.program_bytes + working + extra_bytes,
         profile=profile,
     )
     plan, tiers = planner.plan(request.vram_bytes, request.ram_bytes, allow_disk=True)

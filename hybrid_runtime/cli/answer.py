@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import click
 
 from hybrid_runtime.cli.program import EXIT_INTERRUPTED, say
+from hybrid_runtime.cli.status import closing_lines
 from hybrid_runtime.engine import Engine
 from hybrid_runtime.errors import HybridError
+from hybrid_runtime.generation.meter import DecodeMeter
 from hybrid_runtime.generation.report import GenerationReport
 from hybrid_runtime.generation.sampling import SamplingParams
 from hybrid_runtime.machine import peak_rss_bytes
-from hybrid_runtime.sizes import format_bytes
 from hybrid_runtime.text.chat import Message
 
 PROMPT = "> "
@@ -46,29 +48,52 @@ class Answer:
         } | self.report.to_json()
 
 
+class Watcher(Protocol):
+    """Looks at the engine after each piece of an answer."""
+
+    def look(self) -> None:
+        """After a piece."""
+
+
 def answer_once(
-    engine: Engine, prompt: str, system: str | None, params: SamplingParams, *, raw: bool, to_stdout: bool
+    engine: Engine,
+    prompt: str,
+    system: str | None,
+    params: SamplingParams,
+    *,
+    raw: bool,
+    to_stdout: bool,
+    watchers: Sequence[Watcher] = (),
 ) -> Answer:
     """Answer the prompt (as a chat's first message where the model has a template), then print the summary."""
+    meter = DecodeMeter(engine.sequence)
     if raw or engine.chat_template is None:
         pieces = engine.generate(prompt, params)
     else:
         pieces = engine.chat(_opening(system, prompt), params)
-    text = _collect(pieces, to_stdout=to_stdout)
+    text = _collect(pieces, to_stdout=to_stdout, watchers=watchers)
     report = engine.last_report
     assert report is not None
     answer = Answer(text, report, str(engine.store.manifest.quantization.weights), peak_rss_bytes())
-    _summarise(engine, report)
+    _summarise(engine, report, meter)
     return answer
 
 
-def answer_repeatedly(engine: Engine, system: str | None, params: SamplingParams, *, raw: bool) -> int:
+def answer_repeatedly(
+    engine: Engine,
+    system: str | None,
+    params: SamplingParams,
+    *,
+    raw: bool,
+    watchers: Sequence[Watcher] = (),
+) -> int:
     """Read messages from the terminal until its end, then print the summary of the last answer."""
+    meter = DecodeMeter(engine.sequence)
     is_chat = engine.chat_template is not None and not raw
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401, PLC0415  # from now on input() can edit a line and recall earlier ones
     say(HELP if is_chat else f"{NO_TEMPLATE} {HELP}")
-    conversation = _Conversation(engine, system, params, is_chat=is_chat)
+    conversation = _Conversation(engine, system, params, watchers, is_chat=is_chat)
     while (line := _read_line()) is not None:
         if line == "/bye":
             break
@@ -79,14 +104,23 @@ def answer_repeatedly(engine: Engine, system: str | None, params: SamplingParams
         elif line:
             conversation.answer(line)
     if engine.last_report is not None:
-        _summarise(engine, engine.last_report)
+        _summarise(engine, engine.last_report, meter)
     return 0
 
 
 class _Conversation:
     """What was said so far, which is each answer's context: messages of a chat, or one growing text."""
 
-    def __init__(self, engine: Engine, system: str | None, params: SamplingParams, *, is_chat: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        system: str | None,
+        params: SamplingParams,
+        watchers: Sequence[Watcher],
+        *,
+        is_chat: bool,
+    ) -> None:
+        self._watchers = watchers
         self._engine, self._system, self._params, self._is_chat = engine, system, params, is_chat
         self.reset()
 
@@ -100,16 +134,17 @@ class _Conversation:
         try:
             if self._is_chat:
                 messages = [*self._messages, Message("user", line)]
-                answer = _collect(self._engine.chat(messages, self._params), to_stdout=True)
+                answer = _collect(self._engine.chat(messages, self._params), to_stdout=True, watchers=self._watchers)
                 self._messages = [*messages, Message("assistant", answer)]
             else:
                 text = self._text + line
-                self._text = text + _collect(self._engine.generate(text, self._params), to_stdout=True)
+                pieces = self._engine.generate(text, self._params)
+                self._text = text + _collect(pieces, to_stdout=True, watchers=self._watchers)
         except HybridError as error:
             say(f"{error} (/reset begins anew)")
 
 
-def _collect(pieces: Generator[str, None, None], *, to_stdout: bool) -> str:
+def _collect(pieces: Generator[str, None, None], *, to_stdout: bool, watchers: Sequence[Watcher]) -> str:
     """The whole text; what was said before a Ctrl-C stays said, and the report says "cancelled"."""
     said: list[str] = []
     # closing: a Ctrl-C may come between two pieces, when no exception reaches the generator that sets the report
@@ -119,6 +154,8 @@ def _collect(pieces: Generator[str, None, None], *, to_stdout: bool) -> str:
             if to_stdout:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
+            for watcher in watchers:
+                watcher.look()
     if to_stdout:
         sys.stdout.write("\n")
         sys.stdout.flush()
@@ -148,7 +185,7 @@ def _read_line() -> str | None:
         return None
 
 
-def _summarise(engine: Engine, report: GenerationReport) -> None:
+def _summarise(engine: Engine, report: GenerationReport, meter: DecodeMeter) -> None:
     manifest = engine.store.manifest
     say("")
     say(f"model    {manifest.model} ({engine.config.family}), {manifest.quantization.weights}")
@@ -160,7 +197,8 @@ def _summarise(engine: Engine, report: GenerationReport) -> None:
         f"decode   {_tokens(report.generated_tokens)}, {report.decode_tokens_per_s:.1f} tokens/s, "
         f"ended by {_ENDINGS[report.finish_reason]}"
     )
-    say(f"memory   peak {format_bytes(peak_rss_bytes())}, planned {format_bytes(engine.memory_plan.total)}")
+    for line in closing_lines(engine, meter.total()):
+        say(line)
 
 
 _ENDINGS = {

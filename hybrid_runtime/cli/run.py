@@ -26,6 +26,7 @@ from hybrid_runtime.errors import UsageError
 from hybrid_runtime.shipped import DEFAULT_MODEL
 
 if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
+    from hybrid_runtime.cli.answer import Watcher
     from hybrid_runtime.engine import Engine
     from hybrid_runtime.generation.sampling import SamplingParams
 
@@ -64,6 +65,7 @@ class Settings:
     cache_dir: Path | None
     as_json: bool
     verbose: bool
+    trace: Path | None
 
 
 @click.command(name="hybrid-run", help="Generate text from a model.", context_settings={"max_content_width": 110})
@@ -92,7 +94,13 @@ class Settings:
 @run_options
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
-@click.option("--verbose", "-v", is_flag=True, help="Say what was chosen and why.")
+@click.option("--verbose", "-v", is_flag=True, help="Say what was chosen and why, and each second what it does.")
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write what the kernels did in the first few tokens, for chrome://tracing or ui.perfetto.dev.",
+)
 @click.version_option(__version__, prog_name="hybrid-run")
 def command(**options: object) -> int:
     """Parse, load, print."""
@@ -109,7 +117,8 @@ def _run(settings: Settings) -> int:
     for name, text in (("the prompt", prompt), ("--system", settings.system), ("--stop", "".join(settings.stop))):
         _refuse_broken_text(name, text or "")
     with without_collections():
-        from hybrid_runtime.cli.answer import answer_once, answer_repeatedly  # noqa: PLC0415  # imports torch
+        from hybrid_runtime.cli.status import StatusLine  # noqa: PLC0415  # imports torch
+        from hybrid_runtime.cli.trace import TraceRecorder  # noqa: PLC0415
 
         params = _sampling_params(settings)
         engine = _load(settings)
@@ -118,9 +127,26 @@ def _run(settings: Settings) -> int:
         raise UsageError(f"--system: {why} the chat template that would carry it; leave --system out")
     if prompt == "" and settings.prompt is None:
         say("stdin is empty: beginning from nothing (give --prompt TEXT to begin from a text)")
+    trace = None if settings.trace is None else TraceRecorder(engine, settings.trace)
+    watchers: list[Watcher] = [*([StatusLine(engine)] if settings.verbose else []), *([trace] if trace else [])]
+    try:
+        return _answer(engine, prompt, settings, params, watchers)
+    finally:
+        if trace is not None:
+            trace.write()
+
+
+def _answer(
+    engine: Engine, prompt: str | None, settings: Settings, params: SamplingParams, watchers: Sequence[Watcher]
+) -> int:
+    from hybrid_runtime.cli.answer import answer_once, answer_repeatedly  # noqa: PLC0415  # imports torch
+
     if prompt is None:
-        return answer_repeatedly(engine, settings.system, params, raw=settings.raw)
-    answer = answer_once(engine, prompt, settings.system, params, raw=settings.raw, to_stdout=not settings.as_json)
+        return answer_repeatedly(engine, settings.system, params, raw=settings.raw, watchers=watchers)
+    to_stdout = not settings.as_json
+    answer = answer_once(
+        engine, prompt, settings.system, params, raw=settings.raw, to_stdout=to_stdout, watchers=watchers
+    )
     if settings.as_json:
         click.echo(json.dumps({"model": engine.store.manifest.model, "seed": params.seed} | answer.to_json()))
     return answer.exit_code

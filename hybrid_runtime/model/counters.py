@@ -53,6 +53,11 @@ class DecodeCounters:
         return self._count(2)
 
     @property
+    def carried_values(self) -> int:
+        """Values of cold neurons that went to the GPU for its down rows."""
+        return self._count(3)
+
+    @property
     def active_neurons(self) -> int:
         """Neurons that the predictor selected, or whose gate fired where there is no predictor."""
         return max(self.gate_rows, self.up_rows) if self._active_are_read else self.up_rows

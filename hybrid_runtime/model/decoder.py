@@ -59,6 +59,7 @@ class Decoder:
     """One model ready to compute. Holds no state of a sequence: that is in the KvCache.
 
     team: the threads that compute; one, where none is given. counters: what has been computed since they were reset.
+    steps, step_s: tokens computed one at a time so far, and seconds of compiled code for them.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Decoder:
         self.predictor_mode = predictor_mode
         self.team = team or Team(1)
         self.counters = DecodeCounters(self.team)
+        self.steps, self.step_s = 0, 0.0
         if weights.tiering is not None:
             weights.tiering.cache.serve(self.team)
         self._programs: weakref.WeakKeyDictionary[KvCache, TokenProgram] = weakref.WeakKeyDictionary()
@@ -95,7 +97,9 @@ class Decoder:
         """
         end = cache.length + len(tokens)
         if len(tokens) == 1 and observer is None:
+            before_s = self.team.kernel_s
             logits = self._program(cache).step(int(tokens[0]), cache.length, max(end, prompt_end)).unsqueeze(0)
+            self.steps, self.step_s = self.steps + 1, self.step_s + self.team.kernel_s - before_s
             if self.weights.tiering is not None:
                 self.weights.tiering.cache.check()
             cache.length = end

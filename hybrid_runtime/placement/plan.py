@@ -7,7 +7,6 @@ tiers.safetensors      layers.<l>: uint8 [E, I], 0 gpu, 1 ram, 2 disk
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,33 +14,23 @@ from pathlib import Path
 import torch
 
 from hybrid_runtime.config import ModelConfig
-from hybrid_runtime.errors import BudgetError, CheckpointError
+from hybrid_runtime.errors import CheckpointError
 from hybrid_runtime.model.kv_cache import KvDtype
 from hybrid_runtime.placement.exact import place_exactly
-from hybrid_runtime.placement.greedy import place_greedily
 from hybrid_runtime.placement.grouping import NeuronGroups, group_neurons
 from hybrid_runtime.placement.parts import (
-    GPU_KINDS,
     GPU_OVERHEAD_BYTES,
-    Device,
-    Part,
-    PartKind,
     PlacedPart,
     bytes_on,
-    layers_on_gpu,
     model_parts,
-    place_parts,
 )
 from hybrid_runtime.placement.problem import (
-    LayerCosts,
-    LayerGroups,
     LayerPlacement,
     MergePoint,
-    PlacementProblem,
-    require_room,
 )
+from hybrid_runtime.placement.requests import PlanRequest, TokenCosts
+from hybrid_runtime.placement.starts import chosen_start, part_seconds
 from hybrid_runtime.profiling.profile import Profile
-from hybrid_runtime.sizes import format_bytes
 from hybrid_runtime.store.manifest import Manifest
 from hybrid_runtime.strict_json import parse_json_object
 from hybrid_runtime.tensor_files import read_tensors, write_tensors
@@ -53,35 +42,6 @@ FORMAT_VERSION = 3
 PLAN, TIERS = "plan.json", "tiers.safetensors"
 REMEDY = "run hybrid-place again"
 TIER_CODES = {"gpu": 0, "ram": 1, "disk": 2}
-CACHE_SHARE = 1 / 8  # of the RAM for neurons: those on disk that were read lately, where any are there
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """Budgets in bytes, and what decides what else needs room. program_bytes: of RAM, what Python, torch and buffers
-    are expected to take; reserved_bytes: what they may take more, which stays free.
-    """
-
-    vram_bytes: int
-    ram_bytes: int
-    num_positions: int
-    kv_dtype: KvDtype
-    program_bytes: int
-    allow_disk: bool
-    reserved_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class TokenCosts:
-    """Seconds of a token: of what is not neurons, on the CPU and on the GPU, by kind of part; and by layer of neurons,
-    with its attention on the CPU, and on the GPU. mean_length: tokens that one looks back on.
-    """
-
-    cpu_s: dict[PartKind, float]
-    gpu_s: dict[PartKind, float]
-    beside_cpu: tuple[LayerCosts, ...]
-    beside_gpu: tuple[LayerCosts, ...]
-    mean_length: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +156,7 @@ def make_plan(
     """
     parts = model_parts(manifest, request.num_positions, request.kv_dtype, predictor_bytes)
     groups = [group_neurons(each.numpy()) for each in reads]
-    chosen = _chosen_start(manifest, parts, groups, request, costs)
+    chosen = chosen_start(manifest, parts, groups, request, costs)
     placed, solution = chosen.placed, place_exactly(chosen.problem)
     found = solution.placement
     tiers = [_tiers(each, placed_layer) for each, placed_layer in zip(groups, found.layers, strict=True)]
@@ -264,95 +224,6 @@ def read_plan(folder: Path, config: ModelConfig, model_digest: str | None = None
     return plan, tiers
 
 
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """Where everything but neurons is, and the neurons' problem that it and the cache of the disk's leave."""
-
-    placed: list[PlacedPart]
-    problem: PlacementProblem
-    cache_bytes: int
-
-
-def _chosen_start(
-    manifest: Manifest,
-    parts: Sequence[Part],
-    groups: Sequence[NeuronGroups],
-    request: PlanRequest,
-    costs: TokenCosts,
-) -> _Start:
-    """What comes out best when neurons are placed greedily, of three ways to share VRAM between them and the rest.
-
-    The rest on the GPU where that is faster; nothing of it; all of it, where RAM is short. Raises BudgetError for too
-    little memory.
-    """
-    faster = [kind for kind in GPU_KINDS if costs.gpu_s.get(kind, math.inf) < costs.cpu_s.get(kind, 0.0)]
-    if "attention" in faster:
-        faster = [kind for kind in GPU_KINDS if kind in faster or kind == "KV cache"]
-    starts: list[_Start] = []
-    first_error: BudgetError | None = None
-    for kinds in dict.fromkeys((tuple(faster), (), GPU_KINDS) if request.vram_bytes else ((),)):
-        placed, vram_left = place_parts(parts, request.vram_bytes, kinds)
-        try:
-            start = _start(manifest, placed, vram_left, groups, request, costs)
-            require_room(start.problem)
-        except BudgetError as error:
-            first_error = first_error or error
-            continue
-        starts.append(start)
-    if not starts:
-        assert first_error is not None
-        raise first_error
-    return starts[0] if len(starts) == 1 else min(starts, key=lambda start: _greedy_s(start, costs))
-
-
-def _greedy_s(start: _Start, costs: TokenCosts) -> float:
-    """Seconds of a token with neurons placed greedily; infinite where that finds no way."""
-    greedy = place_greedily(start.problem)
-    parts_s = sum(part.seconds for part in _plan_parts(start.placed, costs))
-    return math.inf if greedy is None else parts_s + greedy.objective_s
-
-
-def _start(
-    manifest: Manifest,
-    placed: list[PlacedPart],
-    vram_left: int,
-    groups: Sequence[NeuronGroups],
-    request: PlanRequest,
-    costs: TokenCosts,
-) -> _Start:
-    """The neurons' problem beside what is placed. Raises BudgetError where RAM does not even hold that."""
-    dense = bytes_on(placed, "ram")
-    ram_left = request.ram_bytes - request.program_bytes - request.reserved_bytes - dense
-    if ram_left < 0:
-        raise BudgetError(
-            f"--ram {format_bytes(request.ram_bytes)}: the program takes "
-            f"{format_bytes(request.program_bytes + request.reserved_bytes)} and "
-            f"what is not neurons {format_bytes(dense)}, which is {-ram_left} bytes more; give more --ram, a smaller "
-            "--ctx or --quant, or --vram that holds attention and head"
-        )
-    config, on_gpu = manifest.config, layers_on_gpu(placed)
-    row = manifest.quantization.weights.row_bytes(config.hidden_size)
-    bundle = row * (3 if config.activation.is_gated else 2)
-    layers = tuple(
-        LayerGroups(idx, each.groups, bundle, row, (costs.beside_gpu if idx in on_gpu else costs.beside_cpu)[idx])
-        for idx, each in enumerate(groups)
-    )
-    neurons = sum(layer.num_neurons * bundle for layer in layers)
-    if not request.allow_disk or neurons <= vram_left + ram_left:
-        return _Start(placed, PlacementProblem(layers, vram_left, ram_left, allow_disk=False), 0)
-    least = (max(1, config.num_experts_per_tok) * config.intermediate_size + 1) * bundle  # all that a layer can ask for
-    cache_bytes = max(least, int(CACHE_SHARE * ram_left) // bundle * bundle)
-    if cache_bytes > ram_left:
-        raise BudgetError(
-            f"--ram {format_bytes(request.ram_bytes)}: reading neurons from disk takes a cache of "
-            f"{format_bytes(cache_bytes)} at least, and only {format_bytes(ram_left)} are left for it, which is "
-            f"{cache_bytes - ram_left} bytes too few; give more --ram, a smaller --ctx or --quant, or --vram that "
-            "holds attention and head"
-        )
-    problem = PlacementProblem(layers, vram_left, ram_left - cache_bytes, allow_disk=True)
-    return _Start(placed, problem, cache_bytes)
-
-
 def _tiers(groups: NeuronGroups, placed: LayerPlacement) -> torch.Tensor:
     """uint8 [E, I]."""
     flat = torch.empty(len(groups.order), dtype=torch.uint8)
@@ -380,24 +251,18 @@ def _plan_layer(placed: LayerPlacement, tiers: torch.Tensor) -> PlanLayer:
 
 
 def _plan_parts(placed: Sequence[PlacedPart], costs: TokenCosts) -> tuple[PlanPart, ...]:
-    """By kind and device; a kind's seconds are shared out by bytes."""
-    totals: dict[PartKind, int] = {}
-    groups: dict[tuple[PartKind, Device], int] = {}
-    layers: dict[tuple[PartKind, Device], list[int]] = {}
-    for each in placed:
-        kind, size = each.part.kind, each.part.num_bytes
-        totals[kind] = totals.get(kind, 0) + size
-        groups[kind, each.device] = groups.get((kind, each.device), 0) + size
-        of_group = layers.setdefault((kind, each.device), [])
-        of_group += [] if each.part.layer_idx is None else [each.part.layer_idx]
-    seconds: dict[Device, dict[PartKind, float]] = {"gpu": costs.gpu_s, "ram": costs.cpu_s}
+    """By kind and device."""
     return tuple(
         PlanPart(
             kind,
             device,
-            size,
-            seconds[device].get(kind, 0.0) * size / max(1, totals[kind]),
-            tuple(layers[kind, device]),
+            sum(each.part.num_bytes for each in placed if (each.part.kind, each.device) == (kind, device)),
+            seconds,
+            tuple(
+                each.part.layer_idx
+                for each in placed
+                if (each.part.kind, each.device) == (kind, device) and each.part.layer_idx is not None
+            ),
         )
-        for (kind, device), size in groups.items()
+        for (kind, device), seconds in part_seconds(placed, costs).items()
     )

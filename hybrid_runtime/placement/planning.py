@@ -18,13 +18,14 @@ from hybrid_runtime.model.kv_cache import KvDtype, check_kv_dtype
 from hybrid_runtime.placement.costs import cpu_part_seconds, gpu_part_seconds, layer_costs
 from hybrid_runtime.placement.decode_time import DecodeConditions, predict_decode_time, token_bytes
 from hybrid_runtime.placement.parts import GPU_OVERHEAD_BYTES
-from hybrid_runtime.placement.plan import Plan, PlanRequest, TokenCosts, make_plan
+from hybrid_runtime.placement.plan import Plan, make_plan
 from hybrid_runtime.placement.reads import (
     Reading,
     expected_reads,
     expected_rows,
     total_rows,
 )
+from hybrid_runtime.placement.requests import PlanRequest, TokenCosts
 from hybrid_runtime.placement.sampled_ratios import SampledRatios, sampled_ratios
 from hybrid_runtime.profiling.profile import Profile
 from hybrid_runtime.profiling.profile_file import read_profile

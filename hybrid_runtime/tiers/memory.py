@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from hybrid_runtime.store.manifest import Manifest
+from dataclasses import replace
+
+from hybrid_kernels.quantization.row_format import RowFormat
+from hybrid_runtime.budget import MemoryPlan
+from hybrid_runtime.config import ModelConfig
+from hybrid_runtime.placement.starts import least_cache_bytes
 from hybrid_runtime.tiers.bundles import GATHERED_BYTES, READ_BYTES
 from hybrid_runtime.tiers.disk_cache import MOST_READ_BYTES, NUM_BUFFERS
 from hybrid_runtime.tiers.load import CHUNK_BYTES, READ_THREADS
@@ -11,12 +16,30 @@ HOME_BYTES = 16  # of a neuron: its home, and its tier while the plan is read
 GATHERED_COPIES = 3  # a block of bundles, the one before it, and one on its way
 
 
-def tier_working_bytes(manifest: Manifest) -> int:
+def bundle_bytes(config: ModelConfig, row_format: RowFormat) -> int:
+    """Of one neuron."""
+    return row_format.row_bytes(config.hidden_size) * (3 if config.activation.is_gated else 2)
+
+
+def num_neurons(config: ModelConfig) -> int:
+    """Of all layers and experts."""
+    return config.num_hidden_layers * max(1, config.num_experts) * config.intermediate_size
+
+
+def tier_working_bytes(config: ModelConfig, row_format: RowFormat) -> int:
     """Tables of homes, buffers of reads, and what loading or a batch takes, whichever is more."""
-    config = manifest.config
-    row_bytes = manifest.quantization.weights.row_bytes(config.hidden_size)
-    network = config.intermediate_size * row_bytes * (3 if config.activation.is_gated else 2)
-    neurons = config.num_hidden_layers * max(1, config.num_experts) * config.intermediate_size
+    network = config.intermediate_size * bundle_bytes(config, row_format)
     batch = GATHERED_COPIES * min(GATHERED_BYTES, network) + min(READ_BYTES, network)
     loading = READ_THREADS * min(CHUNK_BYTES, network)
-    return neurons * HOME_BYTES + NUM_BUFFERS * (MOST_READ_BYTES + (8 << 10)) + max(loading, batch)
+    buffers = NUM_BUFFERS * (MOST_READ_BYTES + (8 << 10))
+    return num_neurons(config) * HOME_BYTES + buffers + max(loading, batch)
+
+
+def least_memory(plan: MemoryPlan, config: ModelConfig, row_format: RowFormat) -> MemoryPlan:
+    """The same run with all its neurons on disk, which is the least that it can do with. plan: with them in RAM."""
+    bundle = bundle_bytes(config, row_format)
+    return replace(
+        plan,
+        weights=plan.weights - num_neurons(config) * bundle + least_cache_bytes(config, bundle),
+        workspace=plan.workspace + tier_working_bytes(config, row_format),
+    )

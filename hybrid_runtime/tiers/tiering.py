@@ -11,10 +11,11 @@ from hybrid_runtime.tiers.disk_cache import DiskCache
 
 @dataclass(frozen=True, slots=True)
 class Tiering:
-    """plan: what is where. cache: of what is on disk."""
+    """plan: what is where. cache: of what is on disk. gpu_bytes: that the weights take in the GPU's memory."""
 
     plan: Plan
     cache: DiskCache
+    gpu_bytes: int
 
     @property
     def merges(self) -> tuple[MergePoint, ...]:

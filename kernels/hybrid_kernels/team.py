@@ -78,6 +78,13 @@ class Program:
             totals[operation.label] = totals.get(operation.label, 0) + int(row[words.TICKS])
         return totals
 
+    def timeline(self) -> list[tuple[str, int, int]]:
+        """Of the last run: each operation's label, when it began, and how long it took but for the last, in ticks."""
+        starts = [int(row[words.STARTED]) for row in self.words]
+        ends = [*starts[1:], starts[-1]]
+        labels = [operation.label for operation in self.operations]
+        return [(label, start, end - start) for label, start, end in zip(labels, starts, ends, strict=True)]
+
     def reset_ticks(self) -> None:
         """Start a new profile."""
         self.words[:, words.TICKS] = 0

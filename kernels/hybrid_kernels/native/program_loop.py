@@ -37,6 +37,7 @@ from hybrid_kernels.native.state_layout import (
     OPERATION_WORDS,
     PROGRAM,
     SLEEPERS,
+    STARTED,
     TICKS,
 )
 
@@ -107,6 +108,7 @@ def _operations(state: int, worker: int) -> None:
             if atomic_get(state + 8 * CALLED_OFF) != 0:
                 return
         if worker == 0:
+            put_i64(operation, STARTED, started)
             put_i64(operation, TICKS, get_i64(operation, TICKS) + ticks() - started)
 
 

@@ -15,7 +15,8 @@ A team's state, int64 words, each on a cache line of its own:
 
 An operation is eight int64 words: the kernel's address, its arguments' address, whether a barrier follows, ticks of the
 processor's time counter that worker 0 has spent in it, barrier included (added to, for profiles), and what each worker
-prefetches before that barrier: an address, the bytes from it to the next worker's, and how many bytes (0: nothing).
+prefetches before that barrier: an address, the bytes from it to the next worker's, and how many bytes (0: nothing);
+last, the time counter when worker 0 began it.
 """
 
 LINE = 8  # int64 words
@@ -34,4 +35,4 @@ LINE = 8  # int64 words
 ) = range(0, 11 * LINE, LINE)
 STATE_WORDS = 11 * LINE
 OPERATION_WORDS = 8
-FUNCTION, ARGUMENTS, BARRIER, TICKS, AHEAD, AHEAD_STRIDE, AHEAD_BYTES, _UNUSED = range(OPERATION_WORDS)
+FUNCTION, ARGUMENTS, BARRIER, TICKS, AHEAD, AHEAD_STRIDE, AHEAD_BYTES, STARTED = range(OPERATION_WORDS)

@@ -15,7 +15,7 @@ from hybrid_kernels.native.input_layout import INPUT_WORDS
     BLOCK,  # neurons of such a block
     NUM_SHARES,  # into how many shares a network's neurons are cut
     SHARES,  # address of float32 [NUM_SLOTS, NUM_SHARES, VECTOR_COLUMNS], written: each share's output in packed order
-    READ_ROWS,  # address of int64 [workers, 8]: gate, up and down rows that each read, added to
+    READ_ROWS,  # address of int64 [workers, 8]: gate, up, down rows that each read, values carried over; added to
     LISTS,  # address of int32 [workers, 2, LIST_SIZE], written: the neurons of a worker's share, and of its next one
     LIST_SIZE,  # most_listed(NUM_NEURONS, NUM_SHARES)
     SLOT_SHARES,  # shares of SHARES that a network has: NUM_SHARES, or more where others write some of them

@@ -62,6 +62,7 @@ def _add_share(arguments: int, worker: int, slot: int, first: int, last: int, y:
         _add_rows(arguments, rows, waiting, y)
     read_rows = get_i64(arguments, READ_ROWS) + worker * 64
     put_i64(read_rows, 2, get_i64(read_rows, 2) + num_rows)
+    put_i64(read_rows, 3, get_i64(read_rows, 3) + num_rows)
 
 
 @numba.njit(error_model="numpy")

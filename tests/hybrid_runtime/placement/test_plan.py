@@ -15,13 +15,13 @@ from hybrid_runtime.placement.plan import (
     PLAN,
     TIER_CODES,
     TIERS,
-    PlanRequest,
-    TokenCosts,
     make_plan,
     read_plan,
     save_plan,
 )
 from hybrid_runtime.placement.reads import Reading, expected_reads
+from hybrid_runtime.placement.requests import PlanRequest, TokenCosts
+from hybrid_runtime.placement.starts import least_cache_bytes
 
 from .made_up import (
     DIGEST,
@@ -78,9 +78,15 @@ def neuron_bytes(config):
     return 3 * Q4.row_bytes(config.hidden_size) * config.intermediate_size * max(1, config.num_experts)
 
 
+def least_cache(config):
+    """Of RAM, where neurons are on disk."""
+    return least_cache_bytes(config, 3 * Q4.row_bytes(config.hidden_size))
+
+
 def budgets(config):
     """Ample, tight and much too little, with all the rest on the GPU, some of it, or none."""
     total, embedding = dense_bytes(config)
+    cache = least_cache(config)
     neurons = neuron_bytes(config) * config.num_hidden_layers
     for vram in (
         0,
@@ -88,9 +94,9 @@ def budgets(config):
         *(GPU_OVERHEAD_BYTES + total - embedding + neurons * i // 4 for i in (0, 1, 3)),
     ):
         for share in (0.3, 1.5):
-            yield request_of(vram, PROGRAM_BYTES + total + int(neurons * share))
+            yield request_of(vram, PROGRAM_BYTES + total + cache + int(neurons * share))
     for vram in (0, GPU_OVERHEAD_BYTES + total // 2):
-        yield request_of(vram, PROGRAM_BYTES + total)
+        yield request_of(vram, PROGRAM_BYTES + total + cache)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -117,7 +123,9 @@ def test_tiers_are_what_the_plan_counts_and_the_budgets_hold_them(name):
         assert sum(on.values()) == dense_bytes(config)[0]
         in_vram = on["gpu"] + counted["gpu"] * 3 * row + down_rows * row
         assert plan.vram_used_bytes == (in_vram + GPU_OVERHEAD_BYTES if in_vram else 0) <= request.vram_bytes
-        assert plan.ram_used_bytes == PROGRAM_BYTES + on["ram"] + counted["ram"] * 3 * row <= request.ram_bytes
+        in_ram = on["ram"] + counted["ram"] * 3 * row + plan.cache_bytes
+        assert plan.ram_used_bytes == PROGRAM_BYTES + in_ram <= request.ram_bytes
+        assert plan.cache_bytes == 0 if counted["disk"] == 0 else plan.cache_bytes >= least_cache(config)
         assert plan.disk_used_bytes == counted["disk"] * 3 * row
 
 
@@ -163,11 +171,11 @@ def test_a_reserve_stays_free():
     config = MODELS["dense"]
     request = request_of(0, PROGRAM_BYTES + dense_bytes(config)[0] + neuron_bytes(config) * 2)
     plan, _ = planned(config, request)
-    reserved = neuron_bytes(config)
+    reserved = neuron_bytes(config) // 2
     kept, _ = planned(config, replace(request, reserved_bytes=reserved))
     assert kept.ram_used_bytes <= request.ram_bytes - reserved < plan.ram_used_bytes
     with pytest.raises(BudgetError, match=r"which is 1 bytes more"):
-        planned(config, replace(request, reserved_bytes=2 * reserved + 1))
+        planned(config, replace(request, reserved_bytes=4 * reserved + 1))
 
 
 def test_neurons_that_fire_most_get_the_gpu():
@@ -203,11 +211,14 @@ def test_a_byte_too_little_is_refused_with_the_numbers(name):
     neurons = neuron_bytes(config) * config.num_hidden_layers
     vram = GPU_OVERHEAD_BYTES + total - embedding
     for vram_bytes, dense in ((0, total), (vram, embedding)):
-        least = PROGRAM_BYTES + dense
-        assert planned(config, request_of(vram_bytes, least))[0].ram_used_bytes == least
+        held = PROGRAM_BYTES + dense
         with pytest.raises(BudgetError, match=r"--ram .*: the program takes 1\.00 MiB .* which is 1 bytes more"):
+            planned(config, request_of(vram_bytes, held - 1))
+        least = held + least_cache(config)
+        assert planned(config, request_of(vram_bytes, least))[0].ram_used_bytes == least
+        with pytest.raises(BudgetError, match=r"--ram .*: reading neurons from disk .* which is 1 bytes too few"):
             planned(config, request_of(vram_bytes, least - 1))
-        ample = least + neurons
+        ample = held + neurons
         plan, _ = planned(config, request_of(vram_bytes, ample, allow_disk=False))
         assert plan.disk_used_bytes == 0
         assert plan.ram_used_bytes <= ample
@@ -256,7 +267,7 @@ def layers_swapped(folder):
         (lambda folder: (folder / PLAN).unlink(), r"has no plan\.json"),
         (lambda folder: (folder / PLAN).write_bytes(b"\xff"), r"plan\.json is not UTF-8"),
         (lambda folder: (folder / PLAN).write_text("[]"), r"plan\.json is a JSON list"),
-        (edited(format="x"), r"plan\.json: is 'x' version 2, expected 'hybrid-runtime plan' version 2"),
+        (edited(format="x"), r"plan\.json: is 'x' version 3, expected 'hybrid-runtime plan' version 3"),
         (edited(version=1), "version 1, expected"),
         (edited(gap="none"), r"plan\.json\.gap is 'none', expected float"),
         (edited(more=1), r"has unknown \['more'\]"),

@@ -68,4 +68,4 @@ def spread(store, seed, *, merges=MERGES, spare_slots=1, asynchronous=True, poin
     loaded = load_tiered(store, plan, tiers)
     most = max(1, config.num_experts_per_tok) * config.intermediate_size
     cache = DiskCache(most + spare_slots, loaded.networks[0][0].bundle_bytes, most, asynchronous=asynchronous)
-    return tiered_weights(config, loaded, Tiering(plan, cache))
+    return tiered_weights(config, loaded, Tiering(plan, cache, loaded.gpu_bytes))

@@ -1,0 +1,101 @@
+"""What decoding has spent its time on since one looked last: by the kernels' own counters.
+
+Read between two tokens; nothing here slows a token down.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, fields
+
+from hybrid_runtime.generation.sequence import TokenSequence
+from hybrid_runtime.tiers.disk_cache import TierCounts
+
+GPU_LABELS = frozenset({"hot neurons", "down rows"})
+VALUE_BYTES = 8  # of a cold neuron that fired, on its way to the GPU: its number and its value
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """tokens: decoded one at a time. cpu_s, gpu_s: of compiled code; wait_s: of that, for the disk, by a worker on
+    average; crossed_bytes: between CPU and GPU; tiers: None where all neurons are in one memory.
+    """
+
+    tokens: int
+    seconds: float
+    cpu_s: float
+    gpu_s: float
+    wait_s: float
+    crossed_bytes: int
+    tiers: TierCounts | None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """0 before the first."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+class DecodeMeter:
+    """Of one sequence. `lap` tells what was spent since the lap before, `total` since the meter was made."""
+
+    def __init__(self, sequence: TokenSequence) -> None:
+        self._sequence = sequence
+        self._start = self._last = self._look()
+
+    def lap(self) -> Spent:
+        """Since the last lap."""
+        before, self._last = self._last, self._look()
+        return self._between(before, self._last)
+
+    def total(self) -> Spent:
+        """Since the beginning."""
+        return self._between(self._start, self._look())
+
+    def _look(self) -> _Reading:
+        decoder, cache = self._sequence.decoder, self._sequence.cache
+        program, tiering = decoder.program_of(cache), decoder.weights.tiering
+        return _Reading(
+            decoder.steps,
+            time.perf_counter(),
+            program.ticks_by_label(),
+            decoder.step_s,
+            None if tiering is None else tiering.cache.counts(),
+            decoder.counters.carried_values,
+        )
+
+    def _between(self, before: _Reading, after: _Reading) -> Spent:
+        ticks = {label: count - before.ticks.get(label, 0) for label, count in after.ticks.items()}
+        kernel_s, tokens = after.step_s - before.step_s, after.tokens - before.tokens
+        per_tick = kernel_s / max(1, sum(ticks.values()))
+        gpu_s = per_tick * sum(count for label, count in ticks.items() if label in GPU_LABELS)
+        tiers = None if after.tiers is None or before.tiers is None else _difference(before.tiers, after.tiers)
+        threads = self._sequence.decoder.team.num_threads
+        wait_s = 0.0 if tiers is None else per_tick * tiers.stall_ticks / threads
+        crossed = tokens * self._vectors_bytes() + (after.carried_values - before.carried_values) * VALUE_BYTES
+        seconds = after.time_s - before.time_s
+        return Spent(tokens, seconds, kernel_s - gpu_s - wait_s, gpu_s, wait_s, crossed, tiers)
+
+    def _vectors_bytes(self) -> int:
+        """Of the vectors that a token sends to the other side and back."""
+        decoder = self._sequence.decoder
+        tiering = decoder.weights.tiering
+        if tiering is None:
+            return 0
+        crossings = {"none": 0, "output": 2, "hidden": 1, "gpu": 0}
+        return sum(crossings[merge] for merge in tiering.merges) * decoder.config.hidden_size * 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Counters at one moment."""
+
+    tokens: int
+    time_s: float
+    ticks: dict[str, int]
+    step_s: float
+    tiers: TierCounts | None
+    carried_values: int
+
+
+def _difference(before: TierCounts, after: TierCounts) -> TierCounts:
+    return TierCounts(*(getattr(after, field.name) - getattr(before, field.name) for field in fields(TierCounts)))
