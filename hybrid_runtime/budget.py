@@ -121,7 +121,9 @@ def require_memory(
     available_bytes: free for this process now, beside what it already holds (plan.program). least: the same run with
     its neurons on disk, where it may leave them there.
     """
-    on_disk = "" if least is None else f" ({_mebibytes_above(least.total + ADVICE_SLACK_BYTES)}M with neurons on disk)"
+    on_disk = ""
+    if least is not None and least.total < plan.total:
+        on_disk = f" ({_mebibytes_above(least.total + ADVICE_SLACK_BYTES)}M with neurons on disk)"
     if ram_bytes is not None and plan.total > ram_bytes:
         raise BudgetError(
             f"--ram {format_bytes(ram_bytes)}: the model needs {format_bytes(plan.total)} ({plan.describe()}); "
