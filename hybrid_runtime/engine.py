@@ -53,6 +53,7 @@ from hybrid_runtime.text.tokenizer import Tokenizer
 from hybrid_runtime.tiers.memory import least_memory
 
 MOST_POSITIONS = 1 << 24
+RAM_STEPS = 32  # into which the machine's memory is cut where nobody says how much a model may have
 SMALLEST_SHARED_BYTES = 8 << 20
 MOST_DEFAULT_POSITIONS = 4096
 LEAST_DEFAULT_POSITIONS = 512  # some converters write a context of 128 whatever the model was trained with
@@ -74,9 +75,10 @@ class LoadOptions:
     """How a model is loaded. Each None means that the model or the machine decides.
 
     ram_bytes: the promised peak of the process; what is too little for all neurons leaves some on disk, unless
-    spreads is False. vram_bytes: of a GPU that is simulated in this process's memory, beside ram_bytes. num_positions:
-    the context in tokens. predictor: a PredictorMode. kv_dtype: f32 for an f32 store, else f16. scores: whether
-    `logits` will be asked for, which takes more memory.
+    spreads is False. extra_bytes: that the caller will take of it; profiles: whether a model that is spread and has no
+    profile gets one first. vram_bytes: of a GPU that is simulated in this process's memory, beside ram_bytes.
+    num_positions: the context in tokens. predictor: a PredictorMode. kv_dtype: f32 for an f32 store, else f16. scores:
+    whether `logits` will be asked for, which takes more memory.
     load: the weights are read into memory, or mapped (they count against ram_bytes all the same).
     threads: that compute; None asks for `default_threads`.
     say: gets one line for each thing that the caller may want to know.
@@ -85,6 +87,8 @@ class LoadOptions:
     ram_bytes: int | None = None
     vram_bytes: int = 0
     spreads: bool = True
+    extra_bytes: int = 0
+    profiles: bool = True
     num_positions: int | None = None
     predictor: PredictorMode | None = None
     kv_dtype: KvDtype | None = None
@@ -154,6 +158,7 @@ def open_model(request: ModelRequest, options: LoadOptions, *, needs_tokenizer: 
         largest_converted_bytes=found.largest_converted_bytes,
     )
     plan = plan_memory(config, needs, current_rss_bytes())
+    plan = replace(plan, workspace=plan.workspace + options.extra_bytes)
     least = least_memory(plan, config, found.weights)
     can_spread = options.spreads and (options.vram_bytes > 0 or fits_memory(least, options.ram_bytes))
     spreads = can_spread and (options.vram_bytes > 0 or not fits_memory(plan, options.ram_bytes))
@@ -193,7 +198,7 @@ def _spread_out(opened: OpenModel, options: LoadOptions, cache_dir: Path) -> Ope
     free_bytes = available_ram_bytes() + opened.memory_plan.program - options.vram_bytes
     request = SpreadRequest(
         vram_bytes=options.vram_bytes,
-        ram_bytes=min(free_bytes, ram_limit_bytes()) if options.ram_bytes is None else options.ram_bytes,
+        ram_bytes=_whole_steps(free_bytes) if options.ram_bytes is None else options.ram_bytes,
         is_simulated=options.vram_bytes > 0,
         num_positions=opened.num_positions,
         kv_dtype=opened.kv_dtype,
@@ -202,6 +207,8 @@ def _spread_out(opened: OpenModel, options: LoadOptions, cache_dir: Path) -> Ope
         num_threads=opened.num_threads,
         cache_dir=cache_dir,
         program_bytes=opened.memory_plan.program,
+        extra_bytes=options.extra_bytes,
+        profiles=options.profiles,
     )
 
     def profile(spread: Spread, asked: ProfileRequest) -> None:
@@ -214,6 +221,13 @@ def _spread_out(opened: OpenModel, options: LoadOptions, cache_dir: Path) -> Ope
     memory = spread.memory_plan(store.manifest, request)
     require_memory(memory, options.ram_bytes, available_ram_bytes() - spread.simulated_bytes)
     return replace(opened, spread=spread, memory_plan=memory)
+
+
+def _whole_steps(free_bytes: int) -> int:
+    """So much of what is free that the next run plans for the same, though a little more or less is free then."""
+    limit = ram_limit_bytes()
+    step = max(1, limit // RAM_STEPS)
+    return min(free_bytes, limit) // step * step
 
 
 def find_predictors(store: Store, cache_dir: Path) -> TrainedPredictors:

@@ -41,9 +41,8 @@ from hybrid_runtime.tiers.tiering import Tiering
 
 SIMULATED_GPU = "rtx-4060"  # of KNOWN_GPUS: what a plan for a GPU that is not there takes its speeds from
 WINDOW = 256
-SMALL_MODEL_BYTES = 1 << 30
-NUM_TOKENS = 8192  # of a small model: half a minute
-NUM_TOKENS_OF_LARGE = 1024
+MOST_TOKENS, LEAST_TOKENS = 8192, 1024  # of a small model, and of a large one
+BYTES_TIMES_TOKENS = 8192 * (100 << 20)  # a minute or so
 SAMPLE_BYTES = 16 << 20
 
 Say = Callable[[str], None]
@@ -54,7 +53,8 @@ class SpreadRequest:
     """What a plan follows from, beside the store. ram_bytes: the budget of everything but the simulated GPU's memory.
 
     predictors: trained ones that lie beside the store; is_simulated: whether the GPU's tier is in this process's RAM.
-    program_bytes: of the process without the model.
+    program_bytes: of the process without the model; extra_bytes: that the caller will take beside it; profiles: whether
+    to make a profile where there is none.
     """
 
     vram_bytes: int
@@ -67,6 +67,8 @@ class SpreadRequest:
     num_threads: int
     cache_dir: Path
     program_bytes: int
+    extra_bytes: int = 0
+    profiles: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class Spread:
         neurons = self.plan.neuron_bytes["ram"] + self.plan.cache_bytes
         cache = in_ram.pop("KV cache", 0)
         working = memory.workspace + tier_working_bytes(manifest.config, manifest.quantization.weights)
+        working += request.extra_bytes
         return replace(memory, weights=neurons + sum(in_ram.values()), kv_cache=cache, workspace=working)
 
     @property
@@ -102,14 +105,9 @@ def find_spread(
     machine, folder = describe_machine(), beside(store, request.cache_dir)
     require_vram(request.vram_bytes, machine.gpu_name, machine.vram_bytes)
     profile_folder = folder / PROFILE_FOLDER
-    if not has_profile(profile_folder):
-        if request.mode == "trained":
-            say(f"neurons are placed blindly: run hybrid-profile {store.folder} --text FILE once")
-            return _planned(store, request, blind_profile(store), say)
-        asked = profile_request(store, request.num_positions)
-        extra = profiling_bytes(store.manifest.config, asked)
-        say("nobody has profiled this model: doing so now, once, with neurons placed blindly")
-        profile(_planned(store, request, blind_profile(store), say, extra), asked)
+    is_there = has_profile(profile_folder)
+    if not is_there and not (request.profiles and _profiled(store, request, profile, say)):
+        return _planned(store, request, blind_profile(store), say)
     others = (request.kv_dtype, request.mode, request.predictors, request.num_threads, request.is_simulated)
     name = plan_folder_name(request.vram_bytes, request.ram_bytes, request.num_positions, *others)
     plan_folder = folder / PLANS_FOLDER / f"run-{name}"
@@ -119,6 +117,30 @@ def find_spread(
     made = _planned(store, request, None, say)
     save_plan(plan_folder, made.plan, made.tiers)
     return made
+
+
+def _profiled(
+    store: Store, request: SpreadRequest, profile: Callable[[Spread, ProfileRequest], None], say: Say
+) -> bool:
+    """Make a profile. False, and a line, where there is no room for one, or nothing exact to make it with."""
+    better = f"neurons are placed blindly: run hybrid-profile {store.folder} --text FILE once"
+    if request.mode == "trained":
+        say(f"{better}, which needs exact decoding")
+        return False
+    asked = profile_request(store, request.num_positions)
+    extra = profiling_bytes(store.manifest.config, asked)
+    try:
+        blind = _planned(store, request, blind_profile(store), _say_nothing, extra)
+    except BudgetError:
+        say(f"{better}, with {format_bytes(extra)} more memory")
+        return False
+    say("nobody has profiled this model: doing so now, once, with neurons placed blindly")
+    profile(blind, asked)
+    return True
+
+
+def _say_nothing(message: str) -> None:
+    del message
 
 
 def load_spread(store: Store, spread: Spread) -> DecoderWeights:
@@ -159,7 +181,7 @@ def profile_request(store: Store, num_positions: int) -> ProfileRequest:
     window = min(WINDOW, num_positions)
     if window < 2:
         raise BudgetError(f"--ctx {window}: too short to profile with; give at least 2")
-    tokens = NUM_TOKENS if store.num_bytes < SMALL_MODEL_BYTES else NUM_TOKENS_OF_LARGE
+    tokens = min(MOST_TOKENS, max(LEAST_TOKENS, BYTES_TIMES_TOKENS // store.num_bytes))
     return ProfileRequest((SHIPPED_TEXT,), max(tokens, window), window, SAMPLE_BYTES)
 
 
@@ -192,7 +214,7 @@ def _planned(store: Store, request: SpreadRequest, profile: Profile | None, say:
         gpu_name=gpu,
         cache_dir=request.cache_dir,
         say=say,
-        program_bytes=request.program_bytes + working + extra_bytes,
+        program_bytes=request.program_bytes + working + request.extra_bytes + extra_bytes,
         profile=profile,
     )
     plan, tiers = planner.plan(request.vram_bytes, request.ram_bytes, allow_disk=True)

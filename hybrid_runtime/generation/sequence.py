@@ -32,7 +32,8 @@ class TokenSequence:
         logits = torch.empty(0)
         for start in range(shared, len(prompt), PREFILL_BATCH):
             batch = prompt[start : start + PREFILL_BATCH]
-            logits = self._advance(batch, prompt_end=len(prompt))[-1]
+            for part in self._parts(batch):
+                logits = self._advance(part, prompt_end=len(prompt))[-1]
         return logits, shared
 
     def step(self, token: int) -> torch.Tensor:
@@ -55,6 +56,13 @@ class TokenSequence:
     def epoch(self) -> int:
         """Counts the prompts begun: whoever finds another number than after its own prefill has lost the sequence."""
         return self._epoch
+
+    def _parts(self, batch: Sequence[int]) -> Iterator[Sequence[int]]:
+        """The batch as a whole, or its tokens one by one where that is quicker."""
+        if len(batch) <= self.decoder.most_tokens_one_by_one:
+            yield from ([token] for token in batch)
+        else:
+            yield batch
 
     def _forget_from(self, length: int) -> None:
         self._epoch += 1

@@ -124,6 +124,8 @@ def write_pre_norm_model(folder: Path) -> Path:
 class ScriptedDecoder:
     """Stands in for a Decoder: after position p it is certain of script[p]. Remembers what it was asked to compute."""
 
+    most_tokens_one_by_one = 0
+
     def __init__(self, config, script) -> None:
         self.config = config
         self.script = list(script)

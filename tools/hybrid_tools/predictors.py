@@ -259,6 +259,7 @@ def _open(
     header = read_profile_header(source)
     load = LoadOptions(
         ram_bytes=options["ram"],
+        spreads=False,  # training and comparing look into every bundle
         num_positions=header.window,
         threads=threads,
         cache_dir=cache_dir,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
     from hybrid_runtime.profiling.run import ProfileRequest
     from hybrid_runtime.progress import Progress
     from hybrid_runtime.store.reader import Store
-    from hybrid_runtime.stores import FoundModel, ModelRequest
+    from hybrid_runtime.stores import ModelRequest
 
 DEFAULT_TOKENS = 200_000
 SHORT_STEP_S = 1.0  # what takes no longer is not shown
@@ -162,46 +162,29 @@ def _open(settings: Settings, request: ProfileRequest) -> OpenModel:
     from hybrid_runtime.cli.loading import use_threads  # noqa: PLC0415  # imports torch
     from hybrid_runtime.engine import LoadOptions, open_model  # noqa: PLC0415
     from hybrid_runtime.machine import physical_cores, usable_cores  # noqa: PLC0415
+    from hybrid_runtime.profiling.run import profiling_bytes  # noqa: PLC0415
     from hybrid_runtime.progress import console_progress  # noqa: PLC0415
-    from hybrid_runtime.stores import ModelRequest, find_model  # noqa: PLC0415
+    from hybrid_runtime.stores import find_model  # noqa: PLC0415
 
     threads = settings.threads or min(physical_cores(), usable_cores())
     use_threads(threads)
     progress = console_progress()
     options = LoadOptions(
+        ram_bytes=settings.ram,
         num_positions=settings.window,
+        profiles=False,
         threads=threads,
         cache_dir=settings.cache_dir,
         progress=progress,
         say=lambda line: say(line.replace("--ctx", "--window")),
     )
-    found = find_model(_request(settings), _cache_dir(settings), progress)
     try:
-        _require_memory(settings, found, request)
-        store = found.open(progress, say)
-        return open_model(ModelRequest(str(store.folder)), options)
+        config = find_model(_request(settings), _cache_dir(settings), progress).config
+        return open_model(_request(settings), replace(options, extra_bytes=profiling_bytes(config, request)))
     except BudgetError as error:
         raise BudgetError(str(error).replace("--ctx", "--window or --samples")) from error
     except UsageError as error:
         raise UsageError(str(error).replace("--ctx", "--window")) from error
-
-
-def _require_memory(settings: Settings, found: FoundModel, request: ProfileRequest) -> None:
-    """Raise BudgetError, before anything is converted, counting the model and its profile at once."""
-    from hybrid_runtime.budget import MemoryNeeds, plan_memory, require_memory  # noqa: PLC0415  # imports torch
-    from hybrid_runtime.engine import choose_num_positions  # noqa: PLC0415
-    from hybrid_runtime.machine import available_ram_bytes, current_rss_bytes  # noqa: PLC0415
-    from hybrid_runtime.profiling.run import profiling_bytes  # noqa: PLC0415
-
-    needs = MemoryNeeds(
-        weights_bytes=found.num_bytes,
-        num_positions=choose_num_positions(found.config, settings.window),
-        kv_dtype="f32" if found.weights.kind == "f32" else "f16",  # as the engine chooses it
-        largest_converted_bytes=found.largest_converted_bytes,
-    )
-    plan = plan_memory(found.config, needs, current_rss_bytes())
-    plan = replace(plan, workspace=plan.workspace + profiling_bytes(found.config, request))
-    require_memory(plan, settings.ram, available_ram_bytes())
 
 
 def _request(settings: Settings) -> ModelRequest:

@@ -83,7 +83,7 @@ def wait_for_misses(disk: int, needed: int) -> None:
     if arrived >= needed:
         return
     started = ticks()
-    while arrived < needed:
+    while arrived < needed and get_i64(disk, FAILED) == 0:
         if _lock(disk):
             look(disk, True)
             atomic_add(disk + 8 * LOCK, -1)
