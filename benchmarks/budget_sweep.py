@@ -14,12 +14,13 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 
 from hybrid_runtime.cli.options import Size
+from hybrid_runtime.machine import describe_machine
 from hybrid_runtime.sizes import format_bytes, parse_bytes
 
 GROUP_V1, GROUP_V2 = Path("/sys/fs/cgroup/memory/hybrid-sweep"), Path("/sys/fs/cgroup/hybrid-sweep")
@@ -119,8 +120,11 @@ def main(model: str, vram: str, ram: str, tokens: int, *, cgroup: bool, cache_di
         if group is not None:
             group.rmdir()
     if output is not None:
-        values = [{name: getattr(each, name) for name in Outcome.__dataclass_fields__} for each in outcomes]
-        output.write_text(json.dumps({"model": model, "cgroup": cgroup, "runs": values}, indent=1) + "\n")
+        values = [asdict(each) for each in outcomes]
+        machine = asdict(describe_machine())
+        output.write_text(
+            json.dumps({"machine": machine, "model": model, "cgroup": cgroup, "runs": values}, indent=1) + "\n"
+        )
     sys.exit(0 if all(each.is_fine for each in outcomes) else 1)
 
 

@@ -11,7 +11,8 @@
     ├── TemplateError          a chat template failed, ran too long or is not there
     ├── DownloadError          a file could not be fetched or is not what was promised
     ├── BudgetError            the model does not fit the memory or the disk
-    └── NumericsError          the model computed NaN or Inf
+    ├── NumericsError          the model computed NaN or Inf
+    └── WorkerError            a thread that computes has ended
 
 Every message names the file or flag, the field, what was found, what was expected, and what to do. The command line
 prints it as one line and exits with code 2; kernels, which know no files, raise ValueError and TypeError instead.
@@ -66,3 +67,7 @@ class BudgetError(HybridError):
 
 class NumericsError(HybridError):
     """The model computed NaN or Inf."""
+
+
+class WorkerError(HybridError):
+    """A thread of this process that computes has ended, killed by the system or by a library."""

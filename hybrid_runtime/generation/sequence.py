@@ -7,8 +7,9 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 
 import torch
 
+from hybrid_kernels.team import WorkerGoneError
 from hybrid_runtime.budget import PREFILL_BATCH
-from hybrid_runtime.errors import ContextOverflow, NumericsError, UsageError
+from hybrid_runtime.errors import ContextOverflow, NumericsError, UsageError, WorkerError
 from hybrid_runtime.generation.report import FinishReason, GenerationReport
 from hybrid_runtime.generation.sampling import Sampler, SamplingParams
 from hybrid_runtime.model.decoder import Decoder
@@ -73,7 +74,10 @@ class TokenSequence:
     def _advance(self, tokens: Sequence[int], *, prompt_end: int = 0, all_logits: bool = False) -> torch.Tensor:
         self._longest = max(self._longest, self.cache.length + len(tokens), prompt_end)
         ids = torch.tensor(tokens, dtype=torch.int64)
-        logits = self.decoder.forward(ids, self.cache, all_logits=all_logits, prompt_end=prompt_end)
+        try:
+            logits = self.decoder.forward(ids, self.cache, all_logits=all_logits, prompt_end=prompt_end)
+        except WorkerGoneError as error:
+            raise WorkerError(str(error)) from error
         self.tokens.extend(tokens)
         if not torch.isfinite(logits).all():
             num_tokens = len(self.tokens)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -38,6 +39,7 @@ class DirectFile:
             self.descriptor = _open(path)
         except OSError as error:
             raise StoreError(f"{path}: cannot be opened: {error.strerror or error}") from error
+        self._finalizer = weakref.finalize(self, os.close, self.descriptor)
 
     def __enter__(self) -> Self:
         return self
@@ -48,10 +50,8 @@ class DirectFile:
         self.close()
 
     def close(self) -> None:
-        """Twice does no harm."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        """Happens by itself when nobody holds it any more. Twice does no harm."""
+        self._finalizer()
 
     def read(self, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         """Bytes [start, stop) as a part of buffer: uint8, page_aligned, of pages_around(stop - start) bytes at least.
