@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
+from hybrid_kernels.team import WorkerGoneError
 from hybrid_runtime.budget import PREFILL_BATCH
 from hybrid_runtime.config import RopeConfig
-from hybrid_runtime.errors import ContextOverflow, NumericsError, UsageError
+from hybrid_runtime.errors import ContextOverflow, NumericsError, UsageError, WorkerError
 from hybrid_runtime.families.raw_config import RawConfig
 from hybrid_runtime.families.registry import parse_config
 from hybrid_runtime.generation.sampling import SamplingParams
@@ -172,3 +173,23 @@ def test_scores_are_the_same_in_batches():
     rows = list(sequence.score([3] * len(script)))
     assert [len(row) for row in rows] == [PREFILL_BATCH, 9]
     assert torch.cat(rows).argmax(dim=1).tolist() == script
+
+
+@pytest.mark.parametrize(("length", "batches"), [(1, [1]), (6, [1] * 6), (7, [7])])
+def test_short_prompts_go_one_by_one_where_that_is_quicker(length, batches):
+    sequence = sequence_of([9] * length)
+    sequence.decoder.most_tokens_one_by_one = 6
+    logits, _ = sequence.prefill([10] * length)
+    assert sequence.decoder.batches == batches
+    assert int(logits.argmax()) == 9
+
+
+def test_a_worker_that_is_gone_is_an_error_of_the_tree(monkeypatch):
+    sequence = sequence_of([9])
+
+    def forward(*arguments, **options):
+        raise WorkerGoneError("a worker thread has ended")
+
+    monkeypatch.setattr(sequence.decoder, "forward", forward)
+    with pytest.raises(WorkerError, match="a worker thread has ended"):
+        sequence.step(3)
