@@ -284,11 +284,10 @@ class Engine:
         tiering = self.sequence.decoder.weights.tiering
         if tiering is None or self.spread is None:
             return 0
-        on_gpu = sum(
-            part.num_bytes for part in self.spread.plan.parts if part.kind == "KV cache" and part.device == "gpu"
-        )
-        cache = self.sequence.cache
-        return tiering.gpu_bytes + on_gpu * cache.length // cache.num_positions
+        on_gpu = {part.kind: part.num_bytes for part in self.spread.plan.parts if part.device == "gpu"}
+        cache, mode = self.sequence.cache, self.sequence.decoder.predictor_mode
+        beside = on_gpu.get("predictors", 0) if mode == "trained" else 0
+        return tiering.gpu_bytes + beside + on_gpu.get("KV cache", 0) * cache.length // cache.num_positions
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, parse_special: bool = False
