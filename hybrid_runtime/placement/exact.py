@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from hybrid_runtime.errors import BudgetError
+from hybrid_runtime.placement.filling import fill_free_ram
 from hybrid_runtime.placement.greedy import place_greedily
 from hybrid_runtime.placement.problem import (
     MERGE_POINTS,
@@ -139,9 +140,10 @@ def place_exactly(
         raise BudgetError(f"no placement was found in {time_limit_s:g} s ({outcome.status}); give more --vram or --ram")
     if best is None:
         raise no_placement(problem)
-    gap = 1 - max(0.0, outcome.bound / scale) / best.objective_s if best.objective_s > 0 else 0.0
+    filled = fill_free_ram(ordered, best)
+    gap = 1 - max(0.0, outcome.bound / scale) / filled.objective_s if filled.objective_s > 0 else 0.0
     return Solution(
-        placement=_restored(best, problem, orders),
+        placement=_restored(filled, problem, orders),
         is_optimal=gap <= relative_gap + ROUNDING,
         gap=max(0.0, gap),
         status=outcome.status,

@@ -86,10 +86,10 @@ def place_parts(
         needed = sum(part.num_bytes for part in unit)
         wanted = unit[0].kind in kinds
         fits = wanted and not is_full and needed <= left
-        is_full = is_full or (wanted and not fits)  # nothing overtakes what did not fit
+        is_full = is_full or (wanted and not fits)  # no other part overtakes what did not fit; neurons do
         left -= needed if fits else 0
         placed += [PlacedPart(part, "gpu" if fits else "ram") for part in unit]
-    return placed, 0 if is_full else left
+    return placed, left
 
 
 def bytes_on(placed: Sequence[PlacedPart], device: Device) -> int:

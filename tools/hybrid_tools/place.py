@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
     from hybrid_runtime.placement.planning import Planner
     from hybrid_runtime.store.reader import Store
 
-MANY_NEURONS = 500_000  # that take the solver longer than somebody waits in silence
+MANY_NEURONS = 50_000  # that take the solver longer than somebody waits in silence
 WHAT_IF_GIB = (0, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24)
 
 

@@ -19,7 +19,6 @@ from hybrid_kernels.native.memory_access import (
     get_i64,
     put_i64,
     read_at,
-    relax,
     sleep_while,
     system_call,
     ticks,
@@ -64,7 +63,7 @@ from hybrid_kernels.tiers.layout import (
 
 IO_GETEVENTS, IO_SUBMIT = 208, 209  # of x86-64; disk_memory.py asks for no context elsewhere
 BLOCK_BYTES, EVENT_BYTES = 64, 32
-SPINS = 200
+SPINS = 200  # some microseconds; without the processor's own pause, which differs from one to the next
 ENDED_EARLY = 1
 UNREADABLE = -5  # EIO
 WORKER_GONE = -125  # ECANCELED: who held the lock will not give it back
@@ -107,7 +106,6 @@ def _wait_for_others(disk: int, arrived: int) -> None:
     for _ in range(SPINS):
         if atomic_get(disk + 8 * ARRIVED) != arrived or atomic_get(disk + 8 * LOCK) == 0:
             return
-        relax()
     atomic_add(disk + 8 * SLEEPERS, 1)
     if atomic_get(disk + 8 * LOCK) != 0:
         sleep_while(disk + 8 * ARRIVED, arrived)
