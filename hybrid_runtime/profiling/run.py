@@ -44,6 +44,7 @@ from hybrid_runtime.profiling.profile_file import (
     samples_path,
     write_counts,
 )
+from hybrid_runtime.profiling.replacing import require_larger
 from hybrid_runtime.profiling.samples import (
     PRIORITY_BYTES,
     Reservoir,
@@ -127,8 +128,8 @@ def make_profile(
     """The profile of the request, and whether it was there already. It is left in folder.
 
     sequence: the model in its exact mode, with a context of at least one window. progress: of the steps before and
-    after the windows. Raises UsageError when another run writes there, or one with other settings is unfinished;
-    BudgetError, before any window, where the disk has no room for the sample.
+    after the windows. Raises UsageError when another run writes there, one with other settings is unfinished, or a
+    larger profile is there; BudgetError, before any window, where the disk has no room for the sample.
     """
     progress = progress or NoProgress()
     text = text_digest(request.files, progress)
@@ -141,6 +142,8 @@ def make_profile(
                 return profile, True
             if request.restarts:
                 _forget(folder / WORK)
+            elif not (folder / WORK / STATE).exists():  # else it was asked when that run began
+                require_larger(folder, store_digest(store), _most_tokens(request))
             _tidy(folder)
             run = _Run(store, sequence, request, folder, data)
             try:
@@ -364,10 +367,11 @@ def _read_progress(path: Path) -> _Progress:
 
 def _most_tokens(request: ProfileRequest) -> int:
     """No fewer than will be counted: a byte of text is a token at most, and a document begins with one or two more."""
-    if request.num_tokens is not None:
-        return -(-request.num_tokens // request.window) * request.window
     sizes = (path.stat().st_size * (MOST_UNPACKED if path.suffix == ".gz" else 1) for path in request.files)
-    return 2 * sum(sizes) + 2 * len(request.files)
+    most = 2 * sum(sizes) + 2 * len(request.files)
+    if request.num_tokens is None:
+        return most
+    return min(most, -(-request.num_tokens // request.window) * request.window)
 
 
 def profiling_bytes(config: ModelConfig, request: ProfileRequest) -> int:

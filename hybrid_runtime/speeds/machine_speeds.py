@@ -35,6 +35,8 @@ from hybrid_runtime.typed_json import from_json
 from hybrid_runtime.whole_files import write_whole
 
 FORMAT_VERSION = 2
+BUSY_BYTES = 256 << 20  # read to see how busy memory is, or some times the caches, if they are large
+USUAL = (0.8, 1.25)  # how far two measurements of an idle machine lie apart
 
 Say = Callable[[str], None]
 Result = TypeVar("Result")
@@ -111,6 +113,30 @@ def with_disk_of(speeds: MachineSpeeds, folder: Path, cache_dir: Path, say: Say)
             return speeds
         write_whole(path, (json.dumps(asdict(disk), indent=1) + "\n").encode())
     return replace(speeds, disk=disk)
+
+
+def speed_now(speeds: MachineSpeeds) -> str | None:
+    """What to say where memory is read at another speed than was measured: somebody else uses it, now or then.
+
+    Takes a fifth of a second, and BUSY_BYTES or more of memory.
+    """
+    team = Team(speeds.num_threads)
+    try:
+        now = read_bandwidth(team, max(BUSY_BYTES, 3 * speeds.cache_bytes), 0.1)
+    finally:
+        team.close()
+    share = now / speeds.memory_bytes_per_s
+    if USUAL[0] <= share <= USUAL[1]:
+        return None
+    busy = (
+        "other programs seem to use it, and times will be longer while they do"
+        if share < 1
+        else "it was busy then: hybrid-doctor --measure measures again"
+    )
+    return (
+        f"memory is read at {now / 1e9:.1f} GB/s now, {100 * share:.0f} % of what was measured ({speeds.measured_at}) "
+        f"and is planned with; {busy}"
+    )
 
 
 def _read_disk(path: Path) -> DiskSpeeds | None:

@@ -100,9 +100,11 @@ def curve(logits: Sequence[torch.Tensor], active: Sequence[torch.Tensor]) -> Cur
         thresholds = torch.tensor([highest], dtype=torch.float64)
         return Curve(thresholds, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), 0.0, values)
     places = torch.linspace(0, len(fired) - 1, min(NUM_BINS, len(fired))).long()
-    lowest = torch.tensor([float("-inf")], dtype=torch.float64)
-    thresholds = torch.cat([lowest, fired[places].double()])
-    thresholds = torch.nextafter(thresholds, lowest)  # so that the neuron itself is above
+    lowest = torch.tensor([float("-inf")])
+    thresholds = torch.cat([lowest, fired[places].float()])
+    thresholds = torch.nextafter(
+        thresholds, lowest
+    ).double()  # the neuron itself is above, also in the kernels' float32
     named = torch.stack([_num_above(each.flatten(), thresholds) for each in logits]).sum(0)
     return Curve(thresholds, _num_above(fired, thresholds).double(), named.double(), float(len(fired)), values)
 

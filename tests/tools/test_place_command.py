@@ -16,6 +16,8 @@ from hybrid_runtime.placement.decode_time import predict_decode_time
 from hybrid_runtime.placement.plan import read_plan
 from hybrid_runtime.placement.sampled_ratios import sampled_ratios
 from hybrid_runtime.profiling.profile_file import read_samples
+from hybrid_runtime.sizes import parse_bytes
+from hybrid_runtime.speeds import machine_speeds as speeds_module
 from hybrid_runtime.store.manifest import read_manifest
 from hybrid_runtime.store.reader import Store
 from hybrid_tools import place
@@ -52,6 +54,7 @@ def asked(monkeypatch):
         return speeds_of()
 
     monkeypatch.setattr(planning, "machine_speeds", machine_speeds)
+    monkeypatch.setattr(speeds_module, "speed_now", lambda _: None)
     return calls
 
 
@@ -145,6 +148,24 @@ def test_what_takes_seconds_says_so(run, model, monkeypatch, tmp_path):
     code, _, err = run(model, "--ram", "4G", "-o", tmp_path / "plan")
     assert code == 0
     assert err == [f"placing {num_neurons(read_manifest(model).config)} neurons, which takes some seconds ..."]
+
+
+def test_memory_that_is_slower_than_it_was_is_told(run, model, monkeypatch, tmp_path):
+    monkeypatch.setattr(speeds_module, "speed_now", lambda speeds: f"{speeds.cpu_name} is busy")
+    code, _, err = run(model, "--ram", "4G", "-o", tmp_path / "plan")
+    assert (code, err) == (0, [f"{speeds_of().cpu_name} is busy"])
+
+
+def test_parts_and_what_is_beside_them_add_up_to_what_is_used(run, model, tmp_path):
+    options = ("--ram", "4G", "--vram", "8G", "--gpu", "rtx-4060")
+    used = json.loads(run(model, *options, "--json")[1])
+    _, out, _ = run(model, *options, "-o", tmp_path / "plan")
+    sums = {"gpu": 0.0, "ram": 0.0}
+    for line in out[out.index("part  ") : out.index("layer  ")].splitlines()[1:]:
+        if found := re.search(r" (gpu|ram) +([0-9.]+ [A-Za-z]+)", line):
+            sums[found[1]] += parse_bytes(found[2].replace(" ", "").replace("iB", ""))
+    assert sums["ram"] == pytest.approx(used["ram_used_bytes"], rel=1e-3)
+    assert sums["gpu"] == pytest.approx(used["vram_used_bytes"], rel=1e-3)
 
 
 def test_a_small_model_has_nothing_on_a_gpu(run, model, tmp_path):

@@ -92,8 +92,9 @@ def test_trained_predictors_are_what_decoding_computes_with(name, stores, run):
     )
 
 
-def test_run_that_did_not_reach_what_was_asked_says_so(stores, run):
-    code, out, err = run("train", stores / "dense", *EASY[:-8], "--max-named", "1", "--epochs", "1", "--json")
+def test_run_that_did_not_reach_what_was_asked_says_so(stores, run, tmp_path):
+    shutil.copytree(stores / "dense", tmp_path / "dense", ignore=shutil.ignore_patterns("predictors"))
+    code, out, err = run("train", tmp_path / "dense", *EASY[:-1], "1", "--max-named", "1", "--json")
     assert code == 0, err
     answer = json.loads(out)
     assert any("neurons named for one that fires, wanted 1" in miss for miss in answer["misses"])
@@ -203,7 +204,6 @@ def test_old_predictors_are_there_until_new_ones_are(stores, run, monkeypatch, t
         return found(*arguments)
 
     monkeypatch.setattr(module, "judged", interrupted)
-    monkeypatch.setattr(module, "FIRST_SHARE", 0.1)
     assert run(*harder, "--first-share", "0.05")[0] == 130
     assert len(rounds) == 2
     now = contents(folder)
@@ -213,6 +213,23 @@ def test_old_predictors_are_there_until_new_ones_are(stores, run, monkeypatch, t
     assert run(*harder, "--first-share", "0.05")[0] == 0
     assert contents(folder)[Path(PREDICTORS)] != before[Path(PREDICTORS)]
     assert not (folder / module.WORK).exists()
+
+
+def test_worse_predictors_take_no_better_ones_place_unless_told_to(stores, run, tmp_path):
+    shutil.copytree(stores / "dense", tmp_path / "dense", ignore=shutil.ignore_patterns("predictors"))
+    path = tmp_path / "dense" / "predictors" / PREDICTORS
+    assert run("train", tmp_path / "dense", *EASY, "--threads", "1")[0] == 0
+    header = json.loads(path.read_bytes())
+    for layer in header["layers"]:  # as if they named exactly what fires
+        layer |= {"recall": 1.0, "precision": 1.0, "predicted_density": layer["true_density"]}
+    path.write_text(json.dumps(header))
+    harder = ("train", tmp_path / "dense", *EASY[:-1], "1", "--threads", "1", "--max-named", "1")
+    code, _, err = run(*harder)
+    assert code == 2
+    assert "keeps the predictors that were there, which reach more of what is asked" in err[-1]
+    assert json.loads(path.read_bytes()) == header
+    assert run(*harder, "--replace")[0] == 0
+    assert json.loads(path.read_bytes()) != header
 
 
 def interrupt(*_):
@@ -447,3 +464,14 @@ def test_damaged_predictors_are_refused_by_name(stores, run, tmp_path):
         assert code == 2
         assert message in err[-1]
         assert "run hybrid-predictors train again" in err[-1]
+
+
+def test_share_that_no_predictors_fit_is_refused_before_any_is_trained(stores, run, monkeypatch):
+    from hybrid_tools.predictor_training import run as module  # noqa: PLC0415
+
+    monkeypatch.setattr(module, "train_layer", interrupt)
+    code, out, err = run("train", stores / "dense", "--max-share", "0.001", "--threads", "1")
+    assert (code, out) == (2, "")
+    found = re.search(r"--max-share 0.001: the narrowest predictors take (0\.\d+) of the neurons' bytes", err[-1])
+    code, _, _ = run("train", stores / "dense", "--max-share", found[1], "--threads", "1")
+    assert code == 130, "this share is enough to begin with"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from hybrid_runtime.profiling import run as run_module
 from hybrid_runtime.profiling.profile_file import read_profile
 from hybrid_runtime.profiling.run import HELD_OUT_EVERY, WORK
+from hybrid_runtime.shipped import SHIPPED_TEXT
 from hybrid_runtime.store.reader import open_store
 from hybrid_tools.convert import main as convert
 from hybrid_tools.profile import LongSteps, main
@@ -417,3 +418,23 @@ def test_model_that_computes_nan_is_refused(store, made, refused, monkeypatch):
     monkeypatch.setattr(Decoder, "_embed", lambda self, tokens, _: torch.full((len(tokens), 32), torch.nan))
     line = refused(store, "--text", made / "text", *OPTIONS)
     assert "computed NaN or Inf" in line
+
+
+def test_smaller_profile_takes_no_larger_ones_place_unless_told_to(made, store, run, refused):
+    assert run(store, "--text", made / "text", *OPTIONS)[0] == 0
+    before = {path: path.read_bytes() for path in (store / "profile").rglob("*.*") if path.is_file()}
+    smaller = (store, "--text", made / "other", *OPTIONS[:3], "160", *OPTIONS[4:])
+    line = refused(*smaller)
+    assert "has a profile of 320 tokens, which one of at most 160 would replace" in line
+    assert "--restart" in line
+    assert {path: path.read_bytes() for path in (store / "profile").rglob("*.*") if path.is_file()} == before
+    (made / "short").write_text(TEXT)  # as few tokens as its bytes allow, whatever --tokens says
+    assert "would replace" in refused(store, "--text", made / "short", *OPTIONS)
+    assert run(*smaller, "--restart")[0] == 0
+    assert read_profile(store / "profile", open_store(store).manifest.config).num_tokens == 160
+    assert run(store, "--text", made / "text", *OPTIONS)[0] == 0, "a larger one replaces it"
+
+
+def test_profile_of_the_text_that_the_package_carries_makes_way(made, store, run):
+    assert run(store, "--text", SHIPPED_TEXT, *OPTIONS)[0] == 0
+    assert run(store, "--text", made / "other", *OPTIONS[:3], "160", *OPTIONS[4:])[0] == 0

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
 
 MANY_NEURONS = 50_000  # that take the solver longer than somebody waits in silence
 WHAT_IF_GIB = (0, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24)
+CARD_ROUNDING = 1 << 29  # cards that are sold as 8 GiB have a little less
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +154,7 @@ def _planner(settings: Settings) -> Planner:
     from hybrid_runtime.placement.planning import make_planner  # noqa: PLC0415
     from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER, has_profile  # noqa: PLC0415
     from hybrid_runtime.progress import console_progress  # noqa: PLC0415
+    from hybrid_runtime.speeds.machine_speeds import speed_now  # noqa: PLC0415
     from hybrid_runtime.store.beside import beside  # noqa: PLC0415
     from hybrid_runtime.store.predictor_files import PREDICTOR_FOLDER, has_predictors  # noqa: PLC0415
     from hybrid_runtime.stores import ModelRequest, find_model  # noqa: PLC0415
@@ -167,7 +169,7 @@ def _planner(settings: Settings) -> Planner:
     source = settings.profile_folder or beside(store, cache_dir) / PROFILE_FOLDER
     if not has_profile(source):
         raise UsageError(
-            f"{source}: has no profile of {store.manifest.model}; run hybrid-profile {settings.model} --text FILE"
+            f"{source}: has no profile of {store.manifest.model}; run hybrid-profile {store.folder} --text FILE"
         )
     threads = settings.threads or default_threads(store.num_bytes)
     use_threads(threads)
@@ -176,7 +178,7 @@ def _planner(settings: Settings) -> Planner:
     if wants_trained or (settings.predictor is None and has_predictors(beside(store, cache_dir) / PREDICTOR_FOLDER)):
         trained = find_predictors(store, cache_dir).header
     weights = store.manifest.quantization.weights
-    return make_planner(
+    planner = make_planner(
         store,
         source,
         trained,
@@ -188,6 +190,9 @@ def _planner(settings: Settings) -> Planner:
         cache_dir=cache_dir,
         say=say,
     )
+    if (line := speed_now(planner.speeds)) is not None:
+        say(line)
+    return planner
 
 
 def _cache_dir(settings: Settings) -> Path:
@@ -219,6 +224,9 @@ def _lines(plan: Plan) -> Iterator[str]:
     for part in plan.parts:
         yield f"{part.kind:12} {part.device:4} {format_bytes(part.num_bytes):>14} {1e3 * part.seconds:11.3f}"
     seconds = f"{1e3 * plan.neurons_s:11.3f}"  # of all tiers, since some work at the same time
+    for name, device, num_bytes in _beside_parts(plan):
+        if num_bytes:
+            yield f"{name:12} {device:4} {format_bytes(num_bytes):>14}"
     for tier, num_bytes in plan.neuron_bytes.items():
         if num_bytes:
             yield f"{'neurons':12} {tier:4} {format_bytes(num_bytes):>14} {seconds}"
@@ -234,11 +242,22 @@ def _lines(plan: Plan) -> Iterator[str]:
     greedy = "found none"
     if plan.greedy_s is not None:
         more = plan.greedy_s / plan.neurons_s - 1 if plan.neurons_s else 0.0
-        greedy = f"{1e3 * plan.greedy_s:.3f} ms, {100 * more:.2f} % more"
+        greedy = f"{1e3 * plan.greedy_s:.3f} ms, {max(0.0, 100 * more):.2f} % more"
     yield (
         f"solved in {plan.solve_s:.2f} s ({plan.solver}): neurons {1e3 * plan.neurons_s:.3f} ms, of which a better "
         f"placement would save at most {100 * plan.gap:.2f} %; greedy: {greedy}"
     )
+
+
+def _beside_parts(plan: Plan) -> Iterator[tuple[str, str, int]]:
+    """What memory goes to that is no part of the model: name, device, bytes."""
+
+    def rest(used: int, device: str) -> int:
+        return used - sum(part.num_bytes for part in plan.parts if part.device == device) - plan.neuron_bytes[device]
+
+    yield "CUDA's own", "gpu", rest(plan.vram_used_bytes, "gpu")
+    yield "disk's cache", "ram", plan.cache_bytes
+    yield "program", "ram", rest(plan.ram_used_bytes, "ram") - plan.cache_bytes
 
 
 def _what_if(settings: Settings, planner: Planner, ram: int) -> int:
@@ -246,6 +265,7 @@ def _what_if(settings: Settings, planner: Planner, ram: int) -> int:
     last_error: BudgetError | None = None
     if not settings.as_json:
         click.echo("VRAM, GiB  tokens/s  ms a token  neurons in VRAM, %  on disk, %")
+    card = planner.gpu.memory_bytes if planner.gpu is not None else 0
     for gib in WHAT_IF_GIB if planner.gpu is not None else WHAT_IF_GIB[:1]:
         try:
             plan, _ = planner.plan(gib << 30, ram, allow_disk=settings.disk)
@@ -257,9 +277,12 @@ def _what_if(settings: Settings, planner: Planner, ram: int) -> int:
         total = sum(layer.gpu_neurons + layer.ram_neurons + layer.disk_neurons for layer in plan.layers)
         hot = 100 * sum(layer.gpu_neurons for layer in plan.layers) / total
         on_disk = 100 * sum(layer.disk_neurons for layer in plan.layers) / total
+        beyond = "  more than the card has" if gib << 30 > card + CARD_ROUNDING else ""
         rows.append({"vram_gib": gib, "tokens_per_s": plan.tokens_per_s, "hot": hot, "on_disk": on_disk})
         if not settings.as_json:
-            click.echo(f"{gib:9}  {plan.tokens_per_s:8.2f}  {1e3 * plan.total_s:10.2f}  {hot:18.1f}  {on_disk:10.1f}")
+            click.echo(
+                f"{gib:9}  {plan.tokens_per_s:8.2f}  {1e3 * plan.total_s:10.2f}  {hot:18.1f}  {on_disk:10.1f}{beyond}"
+            )
     if settings.as_json:
         click.echo(json.dumps({"model": planner.store.manifest.model, "rows": rows}))
     if last_error is not None and all(row["tokens_per_s"] is None for row in rows):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
     from hybrid_runtime.profiling.profile import Profile
     from hybrid_runtime.store.reader import Store
     from hybrid_runtime.stores import ModelRequest
-    from hybrid_tools.predictor_training.run import Outcome, PredictorRequest
+    from hybrid_tools.predictor_training.outcome import Outcome, PredictorRequest
 
 profile_option = click.option(
     "--profile", "profile_folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False),
@@ -96,6 +96,9 @@ def _computes(subcommand: Callable[..., Any]) -> Callable[..., Any]:
 @quant_option
 @click.option("--linear", is_flag=True, help="Without the ReLU in between, as Deja Vu's.")
 @click.option("--restart", is_flag=True, help="Forget what an unfinished run has trained.")
+@click.option(
+    "--replace", "replaces", is_flag=True, help="Take the place also of predictors that reach more of what is asked."
+)
 def train(  # noqa: D103
     model: str,
     profile_folder: Path | None,
@@ -109,12 +112,14 @@ def train(  # noqa: D103
     *,
     linear: bool,
     restart: bool,
+    replaces: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
     from hybrid_runtime.stores import asked_quantization  # noqa: PLC0415  # imports torch
     from hybrid_tools.predictor_training import memory, ranks  # noqa: PLC0415
-    from hybrid_tools.predictor_training.run import PredictorRequest, train_predictors  # noqa: PLC0415
+    from hybrid_tools.predictor_training.outcome import PredictorRequest  # noqa: PLC0415
+    from hybrid_tools.predictor_training.run import train_predictors  # noqa: PLC0415
 
     row_format = asked_quantization(rows, None).weights
 
@@ -122,10 +127,8 @@ def train(  # noqa: D103
         config = store.manifest.config
         budget = max_share * ranks.ffn_bytes(config, store.manifest.quantization) * config.num_hidden_layers
         widest = ranks.widest_rank(config, row_format, profile.layers, budget)
-        least = config.num_hidden_layers * ranks.layer_bytes(
-            config, row_format, ranks.rank_ladder(config, row_format)[0]
-        )
-        return memory.training_bytes(config, num_samples, widest, max(int(budget), least))
+        most = max(int(budget), ranks.least_bytes(config, row_format))
+        return memory.training_bytes(config, num_samples, widest, most)
 
     opened, profile, folder, source = _open(model, profile_folder, options, training_takes)
     request = PredictorRequest(
@@ -138,6 +141,7 @@ def train(  # noqa: D103
         has_relu=not linear,
         restarts=restart,
         first_share=first_share,
+        replaces=replaces,
     )
     try:
         outcome = train_predictors(opened, profile, source, folder, request, say)
@@ -195,8 +199,8 @@ def compare(  # noqa: D103
         if not as_json:
             click.echo(
                 f"{row.kind:10}  {100 * row.share:8.1f}  {row.recall:6.4f}  {row.precision:9.4f}  "
-                f"{row.named_for_one:13.2f}  {row.perplexity:10.3f}  {100 * row.loss:+7.3f} +/- "
-                f"{100 * row.loss_error:.3f}"
+                f"{row.named_for_one:13.2f}  {row.perplexity:10.3f}  {_percent(row.loss)} +/- "
+                f"{100 * row.loss_error:.3g}"
             )
 
     if not as_json:
@@ -233,6 +237,11 @@ def import_(model: str, source: Path, rows: str, *, as_json: bool, **options: An
     return 0
 
 
+def _percent(loss: float) -> str:
+    """Seven characters, of which none pretend to know what nobody does."""
+    return f"{100 * loss:+7.3f}" if abs(loss) < 1 else f"{100 * loss:+7.0f}"
+
+
 def _open(
     model: str, profile_folder: Path | None, options: dict[str, Any], takes: Callable[[Store, Profile, int], int]
 ) -> tuple[OpenModel, Profile, Path, Path]:
@@ -254,7 +263,9 @@ def _open(
     store = _store(model, options)
     source = profile_folder or beside(store, cache_dir) / PROFILE_FOLDER
     if not has_profile(source):
-        raise UsageError(f"{source}: has no profile of {store.manifest.model}; run hybrid-profile {model} --text FILE")
+        raise UsageError(
+            f"{source}: has no profile of {store.manifest.model}; run hybrid-profile {store.folder} --text FILE"
+        )
     profile = read_profile(source, store.manifest.config, store_digest(store))
     header = read_profile_header(source)
     load = LoadOptions(

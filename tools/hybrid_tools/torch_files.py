@@ -35,6 +35,8 @@ def read_torch_file(path: Path, most_bytes: int) -> object:
         raise CheckpointError(
             f"{path}: is not a file that torch.save writes since 1.6; load it and save it again, or fetch it again"
         ) from error
-    except (UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except UnpicklingError as error:  # whose text advises to read it as a program
+        raise CheckpointError(f"{path}: holds more than tensors, or is damaged; fetch it again") from error
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: holds more than tensors, or is damaged: {reason}; fetch it again") from error

@@ -14,7 +14,7 @@ from hybrid_runtime.machine import Machine
 from hybrid_runtime.speeds import machine_speeds as module
 from hybrid_runtime.speeds.disk import DiskSpeeds
 from hybrid_runtime.speeds.kernel_speeds import KernelSpeeds, measure_kernel_speeds
-from hybrid_runtime.speeds.machine_speeds import machine_speeds, with_disk_of
+from hybrid_runtime.speeds.machine_speeds import machine_speeds, speed_now, with_disk_of
 
 from ..placement.made_up import GPU, Q4, Q8, kernel_of, speeds_of  # noqa: TID252  # absolute names are the runtime's
 
@@ -268,3 +268,26 @@ def test_ctrl_c_is_quiet_and_leaves_nothing(tmp_path, waits_for):
         _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (130, "")
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (1.0, None),
+        (0.85, None),
+        (0.5, "other programs seem to use it"),
+        (1.5, "hybrid-doctor --measure measures again"),
+    ],
+)
+def test_memory_at_another_speed_than_was_measured_is_told(monkeypatch, share, words):
+    speeds = speeds_of()
+    asked = []
+
+    def read_bandwidth(team, num_bytes, seconds):
+        asked.append((team.num_threads, num_bytes))
+        return share * speeds.memory_bytes_per_s
+
+    monkeypatch.setattr(module, "read_bandwidth", read_bandwidth)
+    line = speed_now(speeds)
+    assert asked == [(speeds.num_threads, max(module.BUSY_BYTES, 3 * speeds.cache_bytes))]
+    assert line is None if words is None else (words in line and f"{100 * share:.0f} %" in line)

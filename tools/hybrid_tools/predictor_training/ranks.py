@@ -34,6 +34,11 @@ def ffn_bytes(config: ModelConfig, quantization: Quantization) -> int:
     return rows * quantization.weights.row_bytes(config.hidden_size)
 
 
+def least_bytes(config: ModelConfig, row_format: RowFormat) -> int:
+    """Of the narrowest predictors of all layers."""
+    return config.num_hidden_layers * layer_bytes(config, row_format, rank_ladder(config, row_format)[0])
+
+
 def rank_ladder(config: ModelConfig, row_format: RowFormat) -> list[int]:
     """Ranks worth trying, ascending."""
     ranks = list(range(STEP, max(STEP, config.hidden_size) + 1, STEP))

@@ -15,18 +15,17 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import filelock
 import torch
 
-from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_predictors.mlp import MlpPredictor
 from hybrid_predictors.thresholds import Curve, Quality, curve, spend
 from hybrid_predictors.training import LayerSample, TrainingOptions, train_layer
 from hybrid_runtime.engine import OpenModel
-from hybrid_runtime.errors import UsageError
+from hybrid_runtime.errors import CheckpointError, UsageError
 from hybrid_runtime.evaluation.held_out import Losses, judged, window_losses
 from hybrid_runtime.generation.sequence import TokenSequence
 from hybrid_runtime.model.decoder import Decoder
@@ -43,15 +42,24 @@ from hybrid_runtime.store.predictor_files import (
     PredictorHeader,
     has_predictors,
     layer_path,
+    read_header,
     read_layer,
     write_header,
     write_layer,
 )
-from hybrid_tools.predictor_training.ranks import ffn_bytes, grown_rank, initial_ranks, layer_bytes, widest_rank
+from hybrid_tools.predictor_training.outcome import Outcome, PredictorRequest, outcome_of
+from hybrid_tools.predictor_training.ranks import (
+    ffn_bytes,
+    grown_rank,
+    initial_ranks,
+    layer_bytes,
+    least_bytes,
+    widest_rank,
+)
 
 VALIDATION_SHARE = 0.1
-FIRST_SHARE = 0.8
 MARGIN = 0.001  # thresholds are set for this much more recall than is asked: other text is a little harder
+MARGIN_STEPS = 3  # that much more where that was not enough, before any layer gets wider
 LEAST_RECALL = 0.9  # of every layer: a layer that is sacrificed for others may matter more than its neurons' number
 LOCK = ".lock"
 WORK = "work"
@@ -59,63 +67,6 @@ READY = "ready"  # in there: data that is being written, moved when it is whole
 TIMED_TOKENS = 64
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class PredictorRequest:
-    """recall: share of firing neurons to find; most_named: neurons named for one that fires; most_share: predictors'
-    bytes over the neurons'; most_loss: relative increase of the perplexity. All hold in the end, or a miss is said.
-    first_share: of those bytes, what the first round spends; the rest goes where it turns out to be missing.
-    """
-
-    recall: float
-    most_named: float
-    most_share: float
-    most_loss: float
-    row_format: RowFormat
-    num_epochs: int
-    has_relu: bool = True
-    restarts: bool = False
-    first_share: float = FIRST_SHARE
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a round came to, on held-out text. by_layer: qualities; loss: relative increase of the perplexity, and its
-    standard error, NaN before they are measured; share: bytes over the neurons' bytes; share_of_time: of a decoded
-    token's feed-forward networks.
-    """
-
-    header: PredictorHeader
-    by_layer: tuple[Quality, ...]
-    loss: float
-    loss_error: float
-    share: float
-    share_of_time: float = math.nan
-
-    @property
-    def total(self) -> Quality:
-        """Over all layers."""
-        total = self.by_layer[0]
-        for quality in self.by_layer[1:]:
-            total = total + quality
-        return total
-
-    def misses(self, request: PredictorRequest) -> list[str]:
-        """What does not hold, in words."""
-        total = self.total
-        found = []
-        if total.recall < request.recall:
-            found.append(f"recall {total.recall:.4f}, wanted {request.recall:g}")
-        if total.density_ratio > request.most_named:
-            found.append(f"{total.density_ratio:.2f} neurons named for one that fires, wanted {request.most_named:g}")
-        if self.loss > request.most_loss:
-            found.append(f"perplexity {100 * self.loss:+.2f} %, wanted at most +{100 * request.most_loss:g} %")
-        if self.share > request.most_share:
-            found.append(
-                f"{100 * self.share:.1f} % of the neurons' bytes, wanted at most {100 * request.most_share:g} %"
-            )
-        return found
 
 
 def train_predictors(
@@ -128,15 +79,20 @@ def train_predictors(
 ) -> Outcome:
     """Train, try, widen, until the request holds or no step fits its bytes; the last outcome is left in folder.
 
-    Raises UsageError for a profile without samples or held-out text, and while another run writes there.
+    Raises UsageError for a profile without samples or held-out text, for a share that no predictors fit, while another
+    run writes there, and, when all is done, where the folder has predictors that reach more of what is asked.
     """
     if len(profile.held_out) == 0:
-        raise UsageError(f"{profile_folder}: its text was too short to keep any for testing; profile more text")
+        raise UsageError(
+            f"{profile_folder}: keeps no text to test on, being imported or of too short a text; profile more text"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / LOCK, timeout=0):
             run = _Run(opened, profile, profile_folder, folder, request, say)
             outcome = run.rounds()
+            if not request.replaces:
+                run.require_better(outcome)
             run.publish(outcome.header)
             return outcome
     except filelock.Timeout as error:
@@ -180,12 +136,19 @@ class _Run:
         """All rounds; the weights of the last one are left in work/."""
         config, request = self._config, self._request
         budget = request.most_share * self._neuron_bytes * config.num_hidden_layers
+        least = least_bytes(config, request.row_format)
+        if least > budget:
+            share = math.ceil(1000 * least / (self._neuron_bytes * config.num_hidden_layers)) / 1000
+            raise UsageError(
+                f"--max-share {request.most_share:g}: the narrowest predictors take {share:.3f} of the neurons' bytes; "
+                "give at least that, or narrower --rows"
+            )
         widest = widest_rank(config, request.row_format, self._profile.layers, budget)
         ranks = initial_ranks(config, request.row_format, self._profile.layers, budget * request.first_share)
         while True:
             for layer_idx, rank in enumerate(ranks):
                 self._train(layer_idx, rank)
-            outcome = self._try(ranks)
+            outcome = self._try_with_more_recall(ranks)
             excess = [quality.named - quality.fired for quality in outcome.by_layer]
             step = grown_rank(config, request.row_format, ranks, excess, budget, widest)
             if step is None or not outcome.misses(request):  # else it makes no difference what the model loses
@@ -195,6 +158,27 @@ class _Run:
             if not misses or step is None:
                 return replace(outcome, share_of_time=self._share_of_time(outcome.header))
             ranks[step[0]] = step[1]
+
+    def require_better(self, outcome: Outcome) -> None:
+        """Raise UsageError where the folder's predictors miss less of what is asked; what was trained stays in work/.
+
+        Those that cannot be read, are another model's, or were never measured, are not better.
+        """
+        misses = outcome.misses(self._request)
+        if not misses or not has_predictors(self._folder):
+            return
+        try:
+            before = outcome_of(
+                read_header(self._folder, self._config, self._digest),
+                self._neuron_bytes * self._config.num_hidden_layers,
+            )
+        except CheckpointError:
+            return
+        if before is not None and len(before.misses(self._request)) < len(misses):
+            raise UsageError(
+                f"{self._folder}: keeps the predictors that were there, which reach more of what is asked; of these "
+                f"{'; '.join(misses)}; --replace takes these nevertheless"
+            )
 
     def publish(self, header: PredictorHeader) -> None:
         """Put the last round's predictors into the folder; nothing is left of work/. Killed, the old ones hold."""
@@ -270,10 +254,24 @@ class _Run:
         ]
         return curve([logits for logits, _ in parts], [active for _, active in parts])
 
-    def _try(self, ranks: list[int]) -> Outcome:
-        """Set the thresholds, and see what the predictors find on held-out text; what the model loses is not known."""
+    def _try_with_more_recall(self, ranks: list[int]) -> Outcome:
+        """Lower thresholds as long as too little is found, and no more is named than may be: that costs no bytes."""
+        request, margin = self._request, MARGIN
+        outcome = self._try(ranks, margin)
+        for _ in range(MARGIN_STEPS):
+            missing = request.recall - outcome.total.recall
+            if not 0 < missing <= MARGIN or outcome.total.density_ratio >= request.most_named:
+                break
+            margin += missing + MARGIN / 4
+            outcome = self._try(ranks, margin)
+        return outcome
+
+    def _try(self, ranks: list[int], margin: float) -> Outcome:
+        """Set the thresholds for the recall that is asked and the margin, and see what the predictors find on held-out
+        text; what the model loses is not known.
+        """
         curves = [self._curves[layer_idx, rank] for layer_idx, rank in enumerate(ranks)]
-        chosen = spend(curves, min(1.0, self._request.recall + MARGIN), LEAST_RECALL)
+        chosen = spend(curves, min(1.0, self._request.recall + margin), LEAST_RECALL)
         thresholds = [_finite(each, idx) for each, idx in zip(curves, chosen, strict=True)]
         header = self._header(ranks, thresholds)
         predictors = self._predictors(header)
