@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.linear.gpu_rows import row_products, tile, tile_columns
+from hybrid_kernels.sparse_ffn.gpu_rows import activated
 
 
 @triton.jit
@@ -82,18 +83,7 @@ def gate_and_up_kernel(
         up += tl.load(up_bias + neuron, in_rows, 0.0)[:, None]
         if HAS_GATE:
             gate += tl.load(gate_bias + neuron, in_rows, 0.0)[:, None]
-    if ACTIVATION == "drelu":
-        value = tl.maximum(gate, 0.0) * tl.maximum(up, 0.0)
-    elif ACTIVATION == "relu_glu":
-        value = tl.maximum(gate, 0.0) * up
-    elif ACTIVATION == "relu2_glu":
-        value = tl.maximum(gate, 0.0) * tl.maximum(gate, 0.0) * up
-    elif ACTIVATION == "fatrelu":
-        value = tl.where(gate > threshold, gate, 0.0) * up
-    elif ACTIVATION == "relu":
-        value = tl.maximum(up, 0.0)
-    else:
-        value = tl.maximum(up, 0.0) * tl.maximum(up, 0.0)
+    value = activated(gate if HAS_GATE else up, up, threshold, ACTIVATION)
     mask = in_rows[:, None] & in_tokens[None, :]
     own = tl.load(selected + token[None, :].to(tl.int64) * num_neurons + neuron[:, None], mask, 0)
     at = place[:, None] * TOKENS + token[None, :]

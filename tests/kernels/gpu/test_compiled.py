@@ -17,6 +17,14 @@ from hybrid_kernels.norm.gpu_kernels import norm_kernel
 from hybrid_kernels.rope.gpu_kernels import rotate_and_append_kernel
 from hybrid_kernels.routing.gpu_kernels import route_kernel
 from hybrid_kernels.sparse_ffn.gpu_kernels import down_kernel, gate_and_up_kernel, merge_kernel, select_kernel
+from hybrid_kernels.tiers.gpu import BLOCK_COLUMNS, BLOCK_NEURONS, BLOCK_ROWS, CHUNK, LANES, SPLIT_BLOCK
+from hybrid_kernels.tiers.gpu_kernels import (
+    down_rows_kernel,
+    expert_linear_kernel,
+    merge_tiers_kernel,
+    split_kernel,
+    values_kernel,
+)
 
 from .compiled import ARCHITECTURES, compiled
 
@@ -139,3 +147,64 @@ def test_what_else_a_token_needs_compiles(architecture):
     assert compiled(route_kernel, signature, constants, architecture, num_warps=1).count("STL") == 0
     signature = dict.fromkeys(("partial", "partial_max", "partial_sum", "output"), "*fp32")
     assert compiled(combine_kernel, signature, {"HEAD_DIM": 128, "SPLITS": 16}, architecture).count("STL") == 0
+
+
+def expert_linear_of(kind, group, architecture):
+    signature = dict.fromkeys(("x", "bias", "y"), "*fp32") | {"values": TYPES[kind], "scales": "*fp16"}
+    signature |= {"experts": "*i32"} | dict.fromkeys(("num_rows", "value_stride", "scale_stride"), "i32")
+    constants = ROWS | {"KIND": kind, "GROUP": group, "SHARED": 2, "HAS_BIAS": True, "HAS_RELU": True,
+                        "BLOCK_ROWS": BLOCK_ROWS, "LANES": LANES, "CHUNK": CHUNK[kind]}  # fmt: skip
+    return compiled(expert_linear_kernel, signature, constants, architecture)
+
+
+TIER_LISTS = dict.fromkeys(("rows", "experts", "listed"), "*i32")
+
+
+def values_of(kind, group, architecture, activation="drelu"):
+    signature = dict.fromkeys(("x", "gate_bias", "up_bias", "hidden"), "*fp32")
+    signature |= TIER_LISTS | {"values": TYPES[kind], "scales": "*fp16", "counts": "*i32", "threshold": "fp32"}
+    signature |= dict.fromkeys(("num_neurons", "value_stride", "scale_stride", "part_values", "part_scales"), "i32")
+    constants = ROWS | {"KIND": kind, "GROUP": group, "ACTIVATION": activation, "SHARED": 2, "HAS_GATE": True,
+                        "HAS_BIAS": True, "BLOCK": BLOCK_NEURONS, "LANES": LANES, "CHUNK": CHUNK[kind]}  # fmt: skip
+    return compiled(values_kernel, signature, constants, architecture)
+
+
+def down_rows_of(kind, group, architecture, counts="*i32"):
+    signature = dict.fromkeys(("hidden", "partial"), "*fp32") | TIER_LISTS
+    signature |= {"values": TYPES[kind], "scales": "*fp16", "counts": counts}
+    signature |= dict.fromkeys(("num_neurons", "value_stride", "scale_stride", "first_split", "num_splits"), "i32")
+    constants = ROWS | {"KIND": kind, "GROUP": group, "BLOCK": BLOCK_NEURONS, "LANES": LANES, "CHUNK": BLOCK_COLUMNS}
+    return compiled(down_rows_kernel, signature, constants, architecture)
+
+
+@pytest.mark.parametrize("make", [expert_linear_of, values_of, down_rows_of], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    ("kind", "group", "architecture"), [("q4", 32, each) for each in ARCHITECTURES] + [("q8", 32, 89), ("bf16", 0, 89)]
+)
+def test_the_tiers_kernels_keep_to_registers(make, kind, group, architecture):
+    machine = make(kind, group, architecture)
+    assert machine.count("STL") == machine.count("LDL") == 0
+    assert machine.count("ATOM") == machine.count("RED.") == 0
+    assert machine.count("HMMA") > 0 or kind == "bf16"
+
+
+@pytest.mark.parametrize("activation", ["relu2_glu", "fatrelu", "silu_glu", "gelu_glu", "gelu_tanh_glu"])
+def test_values_of_other_activations_compile(activation):
+    assert values_of("q4", 32, 89, activation).count("STL") == 0
+
+
+def test_down_rows_of_the_other_sides_counts_compile():
+    assert down_rows_of("q4", 32, 89, counts="*i64").count("STL") == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_split_and_the_merge_of_tiers_compile(architecture):
+    signature = dict.fromkeys(("rows", "experts", "hot", "hot_counts", "cold"), "*i32")
+    signature |= {"logits": "*fp32", "cold_counts": "*i64", "num_neurons": "i32", "threshold": "fp32"}
+    machine = compiled(split_kernel, signature, {"HAS_LOGITS": True, "BLOCK": SPLIT_BLOCK}, architecture)
+    assert machine.count("STL") == machine.count("ATOM") == 0
+    signature = dict.fromkeys(("partial", "expert_weights", "bias", "cold", "residual", "y"), "*fp32")
+    signature |= {"experts": "*i32", "num_splits": "i32"}
+    constants = {"COLUMNS": 4096, "SLOTS": 2, "HAS_BIAS": True, "HAS_COLD": True, "HAS_RESIDUAL": True,
+                 "CHUNK": BLOCK_COLUMNS}  # fmt: skip
+    assert compiled(merge_tiers_kernel, signature, constants, architecture).count("STL") == 0
