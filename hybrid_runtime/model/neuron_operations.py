@@ -9,6 +9,8 @@ Spread over tiers, the active ones are split first, and what is on disk is asked
     run_neurons       cold ones, which wait for the disk share by share
     run_down          where results merge before the down projection: the cold ones' down rows, by the GPU
     sum_shares        hot and cold shares, always in this order
+
+Beside a GPU that is there, `split_operation` and `cold_operations` are what is left to the CPU.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ NUM_SHARES = 32  # of a feed-forward network: the last ones to finish keep the o
 class NeuronOperations:
     """Of every layer of one program; the layers share the memory in which neurons are listed and summed."""
 
-    def __init__(self, memory: TokenMemory, num_threads: int, tiering: Tiering | None) -> None:
+    def __init__(
+        self, memory: TokenMemory, num_threads: int, tiering: Tiering | None, values: np.ndarray | None = None
+    ) -> None:
+        """values: float32 [slots, I], where cold neurons' values go for a merge before the down projection."""
         self._memory = memory
         self._tiering = tiering
         self._kept: list[object] = [tiering]  # what compiled code holds addresses of
@@ -49,10 +54,10 @@ class NeuronOperations:
         list_size = ffn_words.most_listed(neurons, NUM_SHARES)
         self._lists = np.zeros((num_threads, 2, list_size), dtype=np.int32)
         if tiering is not None:
-            self._hot, self._cold, self._reads = (np.zeros((slots, neurons), dtype=np.int32) for _ in range(3))
-            self._hot_counts, self._cold_counts = (np.zeros(slots, dtype=np.int64) for _ in range(2))
+            self.hot, self.cold, self._reads = (np.zeros((slots, neurons), dtype=np.int32) for _ in range(3))
+            self.hot_counts, self.cold_counts = (np.zeros(slots, dtype=np.int64) for _ in range(2))
             self._needed = np.zeros((slots, NUM_SHARES), dtype=np.int64)
-            self._values = np.zeros((slots, neurons), dtype=np.float32)
+            self.values = np.zeros((slots, neurons), dtype=np.float32) if values is None else values
 
     def operations(self, layer_idx: int, layer: DecoderLayer, x: np.ndarray, norm: Norm | None) -> Iterator[Operation]:
         """x: the stream that the networks read, and the norm that it gets."""
@@ -62,7 +67,36 @@ class NeuronOperations:
         else:
             tiered = [ffn.tiered_bundles for ffn in layer.experts]
             yield from self._run_tiers(self._tiering, layer_idx, tiered, layer, x, norm)
-        yield self._sum(layer)
+        yield self._sum(layer, self._slot_shares)
+
+    def split_operation(self, layer: DecoderLayer) -> Operation:
+        """Which active neurons are hot and which cold; what is on disk is asked for."""
+        assert self._tiering is not None
+        return self._split(self._tiering, [ffn.tiered_bundles for ffn in layer.experts], layer)
+
+    def cold_operations(
+        self, layer_idx: int, layer: DecoderLayer, x: np.ndarray, norm: Norm | None, *, adds_biases: bool
+    ) -> Iterator[Operation]:
+        """After the split: the cold neurons and their sum with memory.middle; or, where the layer merges before the
+        down projection, their values alone. adds_biases: the networks', to that sum.
+        """
+        assert self._tiering is not None
+        networks = [ffn.tiered_bundles for ffn in layer.experts]
+        cold: dict[int, Word] = {
+            ffn_words.SELECTED: self.cold,
+            ffn_words.COUNTS: self.cold_counts,
+            ffn_words.BLOCK: self._memory.config.intermediate_size,
+            ffn_words.NEEDED: self._needed,
+            ffn_words.DISK: self._tiering.cache.words,
+            ffn_words.SLOT_SHARES: NUM_SHARES,
+        }
+        if self._tiering.merges[layer_idx] == "hidden":
+            yield self._run(
+                networks, layer, x, norm, label="cold neurons", changes=cold | {ffn_words.HIDDEN: self.values}
+            )
+        else:
+            yield self._run(networks, layer, x, norm, label="cold neurons", changes=cold)
+            yield self._sum(layer, NUM_SHARES, adds_biases=adds_biases)
 
     def _run_tiers(
         self,
@@ -77,21 +111,21 @@ class NeuronOperations:
         width = vector_columns(networks[0].row_format, self._memory.config.hidden_size)
         yield self._split(tiering, networks, layer)
         hot: dict[int, Word] = {
-            ffn_words.SELECTED: self._hot,
-            ffn_words.COUNTS: self._hot_counts,
+            ffn_words.SELECTED: self.hot,
+            ffn_words.COUNTS: self.hot_counts,
             ffn_words.BLOCK: self._memory.config.intermediate_size,
         }
         cold: dict[int, Word] = {
             **hot,
-            ffn_words.SELECTED: self._cold,
-            ffn_words.COUNTS: self._cold_counts,
+            ffn_words.SELECTED: self.cold,
+            ffn_words.COUNTS: self.cold_counts,
             ffn_words.SHARES: self._shares[NUM_SHARES * width :],
             ffn_words.NEEDED: self._needed,
             ffn_words.DISK: tiering.cache.words,
         }
         hot[ffn_words.DISK] = tiering.cache.words  # looks after reads, waits for none
         if merge == "hidden":
-            cold[ffn_words.HIDDEN] = self._values
+            cold[ffn_words.HIDDEN] = self.values
         yield self._run(networks, layer, x, norm, label="hot neurons", changes=hot, barrier=False)
         yield self._run(networks, layer, x, norm, label="cold neurons", changes=cold)
         if merge == "hidden":
@@ -112,10 +146,10 @@ class NeuronOperations:
             tier_words.SPLIT_OFFSETS: self._keep(offsets),
             tier_words.SPLIT_FILE: networks[0].file.descriptor,
             tier_words.SPLIT_BUNDLE_BYTES: networks[0].bundle_bytes,
-            tier_words.SPLIT_HOT: self._hot,
-            tier_words.SPLIT_HOT_COUNTS: self._hot_counts,
-            tier_words.SPLIT_COLD: self._cold,
-            tier_words.SPLIT_COLD_COUNTS: self._cold_counts,
+            tier_words.SPLIT_HOT: self.hot,
+            tier_words.SPLIT_HOT_COUNTS: self.hot_counts,
+            tier_words.SPLIT_COLD: self.cold,
+            tier_words.SPLIT_COLD_COUNTS: self.cold_counts,
             tier_words.SPLIT_READS: self._reads,
             tier_words.SPLIT_NUM_SHARES: NUM_SHARES,
             tier_words.SPLIT_NEEDED: self._needed,
@@ -177,13 +211,13 @@ class NeuronOperations:
         homes = np.array([network.down_homes.ctypes.data for network in networks], dtype=np.int64)
         values: dict[int, Word] = {
             tier_words.DOWN_HOMES: self._keep(homes),
-            tier_words.DOWN_SELECTED: self._cold,
-            tier_words.DOWN_COUNTS: self._cold_counts,
+            tier_words.DOWN_SELECTED: self.cold,
+            tier_words.DOWN_COUNTS: self.cold_counts,
         }
         arguments = words(tier_words.DOWN_WORDS, self._words(networks, layer, x, None) | cold | values)
         return Operation(kernel("run_down", networks[0].row_format), "down rows", arguments)
 
-    def _sum(self, layer: DecoderLayer) -> Operation:
+    def _sum(self, layer: DecoderLayer, slot_shares: int, *, adds_biases: bool = True) -> Operation:
         memory, config = self._memory, self._memory.config
         networks = [ffn.bundles for ffn in layer.experts]
         row_format = networks[0].row_format
@@ -195,14 +229,14 @@ class NeuronOperations:
             ffn_words.SUM_OUTPUT: memory.stream,
             ffn_words.SUM_SHARES: self._shares,
             ffn_words.SUM_NUM_SLOTS: memory.num_slots,
-            ffn_words.SUM_NUM_SHARES: self._slot_shares,
+            ffn_words.SUM_NUM_SHARES: slot_shares,
             ffn_words.SUM_COLUMNS: config.hidden_size,
             ffn_words.SUM_VECTOR_COLUMNS: vector_columns(row_format, config.hidden_size),
             ffn_words.SUM_GROUP: len(order),
             ffn_words.SUM_ORDER: self._keep(order),
             ffn_words.SUM_WEIGHTS: memory.expert_weights if is_mixture else None,
             ffn_words.SUM_CHOSEN: memory.chosen if is_mixture else None,
-            ffn_words.SUM_BIASES: self._keep(biases) if biases.any() else None,
+            ffn_words.SUM_BIASES: self._keep(biases) if adds_biases and biases.any() else None,
             ffn_words.SUM_SCRATCH: memory.scratch,
             ffn_words.SUM_SCRATCH_STRIDE: memory.scratch_stride,
         }
