@@ -11,8 +11,8 @@ The command line and (later) the server are thin callers of this class. One Engi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import platformdirs
@@ -27,6 +27,9 @@ from hybrid_runtime.generation.report import GenerationReport
 from hybrid_runtime.generation.sampling import SamplingParams
 from hybrid_runtime.generation.sequence import Generation, TokenSequence, check_prompt
 from hybrid_runtime.generation.stop import StopMatcher
+from hybrid_runtime.gpu.device import GpuDevice
+from hybrid_runtime.gpu.use import chosen_device, gpu_decoder, with_less_after_oom
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.machine import (
     available_ram_bytes,
     current_rss_bytes,
@@ -41,7 +44,6 @@ from hybrid_runtime.model.trained_predictors import load_predictors, with_predic
 from hybrid_runtime.model.weights import load_weights
 from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER
 from hybrid_runtime.profiling.run import ProfileRequest
-from hybrid_runtime.progress import NoProgress, Progress
 from hybrid_runtime.spreading import Spread, SpreadRequest, find_spread, load_spread, profile_with_progress
 from hybrid_runtime.store.beside import beside, store_digest
 from hybrid_runtime.store.memory import LoadMode
@@ -66,40 +68,6 @@ def default_cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("hybrid-runtime"))
 
 
-def _say_nothing(message: str) -> None:
-    del message
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """How a model is loaded. Each None means that the model or the machine decides.
-
-    ram_bytes: the promised peak of the process; what is too little for all neurons leaves some on disk, unless
-    spreads is False. extra_bytes: that the caller will take of it; profiles: whether a model that is spread and has no
-    profile gets one first. vram_bytes: of a GPU that is simulated in this process's memory, beside ram_bytes.
-    num_positions: the context in tokens. predictor: a PredictorMode. kv_dtype: f32 for an f32 store, else f16. scores:
-    whether `logits` will be asked for, which takes more memory.
-    load: the weights are read into memory, or mapped (they count against ram_bytes all the same).
-    threads: that compute; None asks for `default_threads`.
-    say: gets one line for each thing that the caller may want to know.
-    """
-
-    ram_bytes: int | None = None
-    vram_bytes: int = 0
-    spreads: bool = True
-    extra_bytes: int = 0
-    profiles: bool = True
-    num_positions: int | None = None
-    predictor: PredictorMode | None = None
-    kv_dtype: KvDtype | None = None
-    scores: bool = False
-    load: LoadMode = "anonymous"
-    threads: int | None = None
-    cache_dir: Path | None = None
-    progress: Progress = field(default_factory=NoProgress)
-    say: Callable[[str], None] = _say_nothing
-
-
 @dataclass(frozen=True, slots=True)
 class TrainedPredictors:
     """Predictors that lie in a folder beside the store; not in memory yet."""
@@ -112,7 +80,7 @@ class TrainedPredictors:
 class OpenModel:
     """A store, and all that was decided about running it. No weight is in memory yet.
 
-    spread: where its neurons go; None: into one memory.
+    spread: where its neurons go; None: into one memory. device: the GPU, where it has some.
     """
 
     store: Store
@@ -125,17 +93,23 @@ class OpenModel:
     kernels: KernelLibrary
     trained: TrainedPredictors | None = None
     spread: Spread | None = None
+    device: GpuDevice | None = None
 
     def load_sequence(self) -> TokenSequence:
         """The decoder with its weights, and an empty context."""
         config = self.store.manifest.config
-        weights = load_weights(self.store, self.load) if self.spread is None else load_spread(self.store, self.spread)
+        if self.spread is None:
+            weights = load_weights(self.store, self.load)
+        else:
+            weights = load_spread(self.store, self.spread, self.device)
         if self.trained is not None:
             config = replace(config, predictor_input=self.trained.header.input)
             predictors = load_predictors(self.trained.folder, self.trained.header, config)
             weights = with_predictors(weights, predictors)
-        decoder = Decoder(config, weights, self.predictor_mode, Team(self.num_threads, self.kernels))
-        return TokenSequence(decoder, KvCache(config, self.num_positions, self.kv_dtype))
+        team, cache = Team(self.num_threads, self.kernels), KvCache(config, self.num_positions, self.kv_dtype)
+        if self.device is None:
+            return TokenSequence(Decoder(config, weights, self.predictor_mode, team), cache)
+        return TokenSequence(gpu_decoder(config, weights, self.predictor_mode, team, self.device, cache), cache)
 
 
 def open_model(request: ModelRequest, options: LoadOptions, *, needs_tokenizer: bool = True) -> OpenModel:
@@ -150,6 +124,7 @@ def open_model(request: ModelRequest, options: LoadOptions, *, needs_tokenizer: 
     num_positions = choose_num_positions(config, options.num_positions)
     kv_dtype = options.kv_dtype or ("f32" if found.weights.kind == "f32" else "f16")
     check_kv_dtype(config, kv_dtype)
+    device = chosen_device(config, options)
     needs = MemoryNeeds(
         weights_bytes=found.num_bytes,
         num_positions=num_positions,
@@ -181,9 +156,14 @@ def open_model(request: ModelRequest, options: LoadOptions, *, needs_tokenizer: 
     rows = None if trained is None else trained.header.row_format
     kernels.prepare(needed_kernels(config, store.manifest.quantization, rows, tiered=spreads))
     opened = OpenModel(
-        store, predictor_mode, num_positions, kv_dtype, options.load, plan, num_threads, kernels, trained
+        store, predictor_mode, num_positions, kv_dtype, options.load, plan, num_threads, kernels, trained, device=device
     )
     return _spread_out(opened, options, cache_dir) if spreads else opened
+
+
+def _loaded(request: ModelRequest, options: LoadOptions) -> tuple[OpenModel, TokenSequence]:
+    opened = open_model(request, options)
+    return opened, opened.load_sequence()
 
 
 def fits_memory(plan: MemoryPlan, ram_bytes: int | None) -> bool:
@@ -195,11 +175,15 @@ def fits_memory(plan: MemoryPlan, ram_bytes: int | None) -> bool:
 def _spread_out(opened: OpenModel, options: LoadOptions, cache_dir: Path) -> OpenModel:
     """The same with a place for every neuron. Raise BudgetError where the budgets do not hold what must be held."""
     store = opened.store
-    free_bytes = available_ram_bytes() + opened.memory_plan.program - options.vram_bytes
+    vram_bytes = options.vram_bytes
+    if opened.device is not None:
+        vram_bytes = opened.device.available_bytes(vram_bytes, options.say)
+    in_ram = vram_bytes if options.simulates_gpu else 0
+    free_bytes = available_ram_bytes() + opened.memory_plan.program - in_ram
     request = SpreadRequest(
-        vram_bytes=options.vram_bytes,
+        vram_bytes=vram_bytes,
         ram_bytes=_whole_steps(free_bytes) if options.ram_bytes is None else options.ram_bytes,
-        is_simulated=options.vram_bytes > 0,
+        is_simulated=options.vram_bytes > 0 and (opened.device is None or not opened.device.is_cuda),
         num_positions=opened.num_positions,
         kv_dtype=opened.kv_dtype,
         mode=opened.predictor_mode,
@@ -219,7 +203,7 @@ def _spread_out(opened: OpenModel, options: LoadOptions, cache_dir: Path) -> Ope
 
     spread = find_spread(store, request, profile, options.say)
     memory = spread.memory_plan(store.manifest, request)
-    require_memory(memory, options.ram_bytes, available_ram_bytes() - spread.simulated_bytes)
+    require_memory(memory, options.ram_bytes, available_ram_bytes() - (spread.simulated_bytes if in_ram else 0))
     return replace(opened, spread=spread, memory_plan=memory)
 
 
@@ -269,9 +253,10 @@ class Engine:
         model: a path, an alias or a repository id; a ModelRequest for more say. Raises a HybridError that says what to
         do; BudgetError before any weight is read when the memory would not do.
         """
-        opened = open_model(ModelRequest(model) if isinstance(model, str) else model, options or LoadOptions())
+        request = ModelRequest(model) if isinstance(model, str) else model
+        opened, sequence = with_less_after_oom(options or LoadOptions(), lambda options: _loaded(request, options))
         tokenizer, chat_template = load_store_tokenizer(opened.store)
-        return cls(opened.store, opened.load_sequence(), tokenizer, chat_template, opened.memory_plan, opened.spread)
+        return cls(opened.store, sequence, tokenizer, chat_template, opened.memory_plan, opened.spread)
 
     @property
     def config(self) -> ModelConfig:
@@ -282,7 +267,7 @@ class Engine:
     def simulated_bytes(self) -> int:
         """Of this process's memory, what stands for a GPU's: weights, and keys and values as far as there are any."""
         tiering = self.sequence.decoder.weights.tiering
-        if tiering is None or self.spread is None:
+        if tiering is None or self.spread is None or self.sequence.decoder.is_on_cuda:
             return 0
         on_gpu = {part.kind: part.num_bytes for part in self.spread.plan.parts if part.device == "gpu"}
         cache, mode = self.sequence.cache, self.sequence.decoder.predictor_mode

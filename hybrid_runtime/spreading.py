@@ -15,6 +15,7 @@ import torch
 from hybrid_runtime.budget import MemoryNeeds, MemoryPlan, plan_memory
 from hybrid_runtime.errors import BudgetError, CheckpointError
 from hybrid_runtime.generation.sequence import TokenSequence
+from hybrid_runtime.gpu.device import GpuDevice
 from hybrid_runtime.machine import describe_machine
 from hybrid_runtime.model.decoder import PredictorMode
 from hybrid_runtime.model.kv_cache import KvDtype
@@ -143,10 +144,10 @@ def _say_nothing(message: str) -> None:
     del message
 
 
-def load_spread(store: Store, spread: Spread) -> DecoderWeights:
-    """The weights in memory, as the plan has them."""
+def load_spread(store: Store, spread: Spread, device: GpuDevice | None = None) -> DecoderWeights:
+    """The weights in memory, as the plan has them. device: the GPU, unless it is simulated."""
     config, plan = store.manifest.config, spread.plan
-    loaded = load_tiered(store, plan, spread.tiers)
+    loaded = load_tiered(store, plan, spread.tiers, None if device is None else device.torch_device)
     bundle_bytes = loaded.networks[0][0].bundle_bytes
     most_misses = max(1, config.num_experts_per_tok) * config.intermediate_size
     cache = DiskCache(plan.cache_bytes // bundle_bytes, bundle_bytes, most_misses)

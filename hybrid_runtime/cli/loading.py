@@ -12,7 +12,9 @@ import torch
 
 from hybrid_kernels.native.instruction_sets import instruction_set
 from hybrid_runtime.cli.program import say
-from hybrid_runtime.engine import Engine, LoadOptions
+from hybrid_runtime.engine import Engine
+from hybrid_runtime.gpu.use import find_device
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.machine import describe_machine, huge_page_bytes, physical_cores, usable_cores
 from hybrid_runtime.model.decoder import PredictorMode
 from hybrid_runtime.model.kv_cache import KvDtype
@@ -40,11 +42,13 @@ def load_engine(
     """Load the model as the flags ask, telling the user on stderr what takes long and what cannot be had."""
     num_threads = threads or min(physical_cores(), usable_cores())
     use_threads(num_threads)
-    if vram_bytes > 0 and not simulate_gpu:
+    is_there = find_device() is not None
+    if vram_bytes > 0 and not simulate_gpu and not is_there:
         _explain_vram(vram_bytes)
     options = LoadOptions(
         ram_bytes=ram_bytes,
-        vram_bytes=vram_bytes if simulate_gpu else 0,
+        vram_bytes=vram_bytes if simulate_gpu or is_there else 0,
+        simulates_gpu=simulate_gpu,
         num_positions=num_positions,
         predictor=cast("PredictorMode | None", predictor),  # click offers only these
         kv_dtype=cast("KvDtype | None", kv_dtype),
@@ -77,12 +81,8 @@ def use_threads(num_threads: int) -> None:
 
 def _explain_vram(vram_bytes: int) -> None:
     machine = describe_machine()
-    reason = (
-        f"this version computes on the CPU only ({machine.gpu_name} is left alone)"
-        if machine.gpu_name is not None
-        else f"no usable GPU ({machine.no_gpu_reason})"
-    )
-    say(f"--vram {format_bytes(vram_bytes)} is honoured as 0: {reason}")
+    reason = machine.no_gpu_reason or f"{machine.gpu_name} has no CUDA"
+    say(f"--vram {format_bytes(vram_bytes)} is honoured as 0: no usable GPU ({reason})")
 
 
 def _describe(engine: Engine, load: str, load_s: float) -> None:

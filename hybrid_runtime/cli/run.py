@@ -227,7 +227,7 @@ def _load(settings: Settings) -> Engine:
         verbose=settings.verbose,
         simulate_gpu=settings.simulate_gpu,
     )
-    if settings.vram > 0 and not settings.simulate_gpu and engine.config.activation.is_sparse:
+    if settings.vram > 0 and engine.spread is None and engine.config.activation.is_sparse:
         from hybrid_runtime.cli.offline import prepare_plan  # noqa: PLC0415  # only where a plan is wanted
 
         prepare_plan(engine, settings.vram, settings.ram, settings.cache_dir)

@@ -7,6 +7,7 @@ import time
 from hybrid_runtime.cli.program import say
 from hybrid_runtime.engine import Engine
 from hybrid_runtime.generation.meter import DecodeMeter, Spent
+from hybrid_runtime.gpu.device import GpuDevice
 from hybrid_runtime.machine import peak_rss_bytes
 from hybrid_runtime.sizes import format_bytes
 
@@ -59,7 +60,10 @@ def closing_lines(engine: Engine, spent: Spent) -> list[str]:
     promised, peak = format_bytes(spread.plan.ram_bytes), format_bytes(peak_rss_bytes() - simulated)
     lines = [f"memory   RAM  peak {peak} of {promised}, planned {planned}"]
     if spread.plan.vram_bytes:
+        decoder = engine.sequence.decoder
         in_use = f"{format_bytes(simulated)} in use, simulated in RAM"
+        if isinstance(device := getattr(decoder, "device", None), GpuDevice) and device.is_cuda:
+            in_use = f"peak {format_bytes(device.peak_bytes())} ({device.way})"
         lines.append(
             f"         VRAM {in_use}, of {format_bytes(spread.plan.vram_bytes)}, "
             f"planned {format_bytes(spread.simulated_bytes)} and CUDA's own"

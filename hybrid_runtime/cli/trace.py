@@ -10,7 +10,7 @@ from hybrid_runtime.generation.meter import GPU_LABELS
 from hybrid_runtime.whole_files import write_whole
 
 NUM_TOKENS = 8
-LANES = {"CPU": 1, "GPU (simulated)": 2}
+LANES = {"CPU": 1, "GPU": 2}
 
 
 class TraceRecorder:
@@ -36,7 +36,7 @@ class TraceRecorder:
         program = decoder.program_of(self._engine.sequence.cache)
         per_tick_us = 1e6 * decoder.step_s / max(1, sum(program.ticks_by_label().values()))
         for idx, (label, start, ticks) in enumerate(program.timeline()):
-            lane = LANES["GPU (simulated)" if label in GPU_LABELS else "CPU"]
+            lane = LANES["GPU" if label in GPU_LABELS else "CPU"]
             self._events.append(
                 {
                     "ph": "X",

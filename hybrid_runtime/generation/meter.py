@@ -6,12 +6,12 @@ Read between two tokens; nothing here slows a token down.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from hybrid_runtime.generation.sequence import TokenSequence
 from hybrid_runtime.tiers.disk_cache import TierCounts
 
-GPU_LABELS = frozenset({"hot neurons", "down rows"})
+GPU_LABELS = frozenset({"hot neurons", "down rows", "wait for the GPU"})  # the last: of one that is there
 VALUE_BYTES = 8  # of a cold neuron that fired, on its way to the GPU: its number and its value
 
 
@@ -59,7 +59,7 @@ class DecodeMeter:
             time.perf_counter(),
             program.ticks_by_label(),
             decoder.step_s,
-            None if tiering is None else tiering.cache.counts(),
+            None if tiering is None else _with_hot(tiering.cache.counts(), decoder.hot_neurons(cache)),
             decoder.counters.carried_values,
         )
 
@@ -95,6 +95,10 @@ class _Reading:
     step_s: float
     tiers: TierCounts | None
     carried_values: int
+
+
+def _with_hot(counts: TierCounts, hot_neurons: int) -> TierCounts:
+    return replace(counts, hot_neurons=counts.hot_neurons + hot_neurons)
 
 
 def _difference(before: TierCounts, after: TierCounts) -> TierCounts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 
 from hybrid_kernels.team import Team
-from hybrid_runtime.model.token_program import TokenProgram
+from hybrid_runtime.model.stepping import Stepping
 
 
 class DecodeCounters:
@@ -17,11 +17,11 @@ class DecodeCounters:
 
     def __init__(self, team: Team) -> None:
         self._team = team
-        self._programs: weakref.WeakSet[TokenProgram] = weakref.WeakSet()
+        self._programs: weakref.WeakSet[Stepping] = weakref.WeakSet()
         self._active_are_read = False
         self._kernel_s_before = 0.0
 
-    def watch(self, program: TokenProgram, *, active_are_read: bool) -> None:
+    def watch(self, program: Stepping, *, active_are_read: bool) -> None:
         """Count what a program reads. active_are_read: whether the gates that are read are those of active neurons."""
         self._programs.add(program)
         self._active_are_read = active_are_read

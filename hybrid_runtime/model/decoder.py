@@ -19,7 +19,7 @@ from hybrid_kernels.quantization.op import dequantize_rows
 from hybrid_kernels.rope.op import apply_rope
 from hybrid_kernels.routing.op import route
 from hybrid_kernels.sparse_ffn.op import sparse_ffn
-from hybrid_kernels.team import Program, Team
+from hybrid_kernels.team import Team
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import UsageError
 from hybrid_runtime.model.counters import DecodeCounters
@@ -27,6 +27,7 @@ from hybrid_runtime.model.kv_cache import KvCache
 from hybrid_runtime.model.norms import apply_norm
 from hybrid_runtime.model.observer import FfnPass, Observer
 from hybrid_runtime.model.rope_frequencies import rope_frequencies
+from hybrid_runtime.model.stepping import Stepping, Timed
 from hybrid_runtime.model.tiered_ffn import tiered_ffn
 from hybrid_runtime.model.token_program import TokenProgram
 from hybrid_runtime.model.weights import DecoderLayer, DecoderWeights, Norm, Projection
@@ -76,12 +77,22 @@ class Decoder:
         self.steps, self.step_s = 0, 0.0
         if weights.tiering is not None:
             weights.tiering.cache.serve(self.team)
-        self._programs: weakref.WeakKeyDictionary[KvCache, TokenProgram] = weakref.WeakKeyDictionary()
+        self._programs: weakref.WeakKeyDictionary[KvCache, Stepping] = weakref.WeakKeyDictionary()
 
     @property
     def masks(self) -> bool:
         """Whether predictors rule neurons out."""
         return self.predictor_mode in ("mask", "trained")
+
+    @property
+    def is_on_cuda(self) -> bool:
+        """Whether a GPU computes some of it."""
+        return False
+
+    def hot_neurons(self, cache: KvCache) -> int:
+        """Active neurons that a GPU has listed by itself so far, for this cache's tokens."""
+        del cache
+        return 0
 
     @property
     def most_tokens_one_by_one(self) -> int:
@@ -106,9 +117,9 @@ class Decoder:
         """
         end = cache.length + len(tokens)
         if len(tokens) == 1 and observer is None:
-            before_s = self.team.kernel_s
-            logits = self._program(cache).step(int(tokens[0]), cache.length, max(end, prompt_end)).unsqueeze(0)
-            self.steps, self.step_s = self.steps + 1, self.step_s + self.team.kernel_s - before_s
+            program = self._program(cache)
+            logits = program.step(int(tokens[0]), cache.length, max(end, prompt_end)).unsqueeze(0)
+            self.steps, self.step_s = self.steps + 1, self.step_s + program.step_s
             if self.weights.tiering is not None:
                 self.weights.tiering.cache.check()
             cache.length = end
@@ -119,18 +130,20 @@ class Decoder:
         for layer_idx, layer in enumerate(self.weights.layers):
             x = self._layer(layer_idx, layer, x, positions, rotation, cache, observer)
         cache.length += len(tokens)
-        x = self._norm(x if all_logits else x[-1:], self.weights.norm)
-        return linear(x, self.weights.lm_head, team=self.team)
+        return self._head(x if all_logits else x[-1:])
 
-    def program_of(self, cache: KvCache) -> Program:
+    def program_of(self, cache: KvCache) -> Timed:
         """The operations of one token with this cache, with their time counters."""
         return self._program(cache).program
 
-    def _program(self, cache: KvCache) -> TokenProgram:
+    def _new_program(self, cache: KvCache) -> Stepping:
+        return TokenProgram(self.config, self.weights, cache, self.team, masks=self.masks)
+
+    def _program(self, cache: KvCache) -> Stepping:
         """The program of one token with this cache, prepared once."""
         program = self._programs.get(cache)
         if program is None:
-            program = TokenProgram(self.config, self.weights, cache, self.team, masks=self.masks)
+            program = self._new_program(cache)
             self._programs[cache] = program
             self.counters.watch(program, active_are_read=self.masks)
         return program
@@ -239,6 +252,10 @@ class Decoder:
         if isinstance(bundles, TieredBundles):
             return tiered_ffn(x, bundles, activation, active, team=self.team, observe=observe)
         return sparse_ffn(x, bundles, activation, active, team=self.team, observe=observe)
+
+    def _head(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [T, H] -> logits [T, V]."""
+        return linear(self._norm(x, self.weights.norm), self.weights.lm_head, team=self.team)
 
     def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         return apply_norm(self.config, norm, x)

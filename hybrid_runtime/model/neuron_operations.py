@@ -15,7 +15,7 @@ Beside a GPU that is there, `split_operation` and `cold_operations` are what is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -38,13 +38,21 @@ from hybrid_runtime.tiers.tiering import Tiering
 NUM_SHARES = 32  # of a feed-forward network: the last ones to finish keep the others waiting by two of them at most
 
 
+Zeros = Callable[[tuple[int, ...], type[np.generic]], np.ndarray]
+
+
+def plain_zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    """Of memory like any."""
+    return np.zeros(shape, dtype)
+
+
 class NeuronOperations:
     """Of every layer of one program; the layers share the memory in which neurons are listed and summed."""
 
     def __init__(
-        self, memory: TokenMemory, num_threads: int, tiering: Tiering | None, values: np.ndarray | None = None
+        self, memory: TokenMemory, num_threads: int, tiering: Tiering | None, zeros: Zeros = plain_zeros
     ) -> None:
-        """values: float32 [slots, I], where cold neurons' values go for a merge before the down projection."""
+        """zeros: makes the lists and values that a GPU copies."""
         self._memory = memory
         self._tiering = tiering
         self._kept: list[object] = [tiering]  # what compiled code holds addresses of
@@ -54,10 +62,10 @@ class NeuronOperations:
         list_size = ffn_words.most_listed(neurons, NUM_SHARES)
         self._lists = np.zeros((num_threads, 2, list_size), dtype=np.int32)
         if tiering is not None:
-            self.hot, self.cold, self._reads = (np.zeros((slots, neurons), dtype=np.int32) for _ in range(3))
-            self.hot_counts, self.cold_counts = (np.zeros(slots, dtype=np.int64) for _ in range(2))
+            self.hot, self.cold, self._reads = (zeros((slots, neurons), np.int32) for _ in range(3))
+            self.hot_counts, self.cold_counts = (zeros((slots,), np.int64) for _ in range(2))
             self._needed = np.zeros((slots, NUM_SHARES), dtype=np.int64)
-            self.values = np.zeros((slots, neurons), dtype=np.float32) if values is None else values
+            self.values = zeros((slots, neurons), np.float32)
 
     def operations(self, layer_idx: int, layer: DecoderLayer, x: np.ndarray, norm: Norm | None) -> Iterator[Operation]:
         """x: the stream that the networks read, and the norm that it gets."""

@@ -36,7 +36,7 @@ from hybrid_kernels.team import Beginning, Operation, Team
 from hybrid_predictors.mlp import MlpPredictor
 from hybrid_runtime.config import ModelConfig, StreamPoint
 from hybrid_runtime.model.kv_cache import Q8, KvCache, position_bytes
-from hybrid_runtime.model.neuron_operations import NeuronOperations
+from hybrid_runtime.model.neuron_operations import NeuronOperations, Zeros, plain_zeros
 from hybrid_runtime.model.rope_frequencies import rope_frequencies
 from hybrid_runtime.model.token_memory import TokenMemory, padded
 from hybrid_runtime.model.weights import DecoderLayer, DecoderWeights, Norm, Projection
@@ -55,8 +55,16 @@ class TokenOperations:
     """
 
     def __init__(
-        self, config: ModelConfig, weights: DecoderWeights, cache: KvCache, team: Team, *, masks: bool
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        cache: KvCache,
+        team: Team,
+        *,
+        masks: bool,
+        zeros: Zeros = plain_zeros,
     ) -> None:
+        """zeros: makes what a GPU copies."""
         self._config = config
         self._weights = weights
         self._team = team
@@ -104,7 +112,7 @@ class TokenOperations:
             self._scratch_stride,
             self.read_rows,
         )
-        self.neurons = NeuronOperations(self.memory, team.num_threads, weights.tiering)
+        self.neurons = NeuronOperations(self.memory, team.num_threads, weights.tiering, zeros)
         self._begin_words = self._begin_arguments(half_dim)
         self._set_rotation(1)
 

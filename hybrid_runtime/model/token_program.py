@@ -15,13 +15,14 @@ from hybrid_runtime.model.weights import DecoderWeights
 
 
 class TokenProgram:
-    """The program of one decoder with one cache. `step` computes one token."""
+    """The program of one decoder with one cache. `step` computes one token; step_s: seconds that the last one took."""
 
     def __init__(
         self, config: ModelConfig, weights: DecoderWeights, cache: KvCache, team: Team, *, masks: bool
     ) -> None:
         self._team = team
         self._operations = TokenOperations(config, weights, cache, team, masks=masks)
+        self.step_s = 0.0
         self.program: Program = team.program(list(_all_operations(self._operations, weights)))
 
     @property
@@ -36,7 +37,9 @@ class TokenProgram:
         own and overwritten by the next step.
         """
         self._operations.set_token(token, position, num_positions)
+        before_s = self._team.kernel_s
         self._team.run(self.program)
+        self.step_s = self._team.kernel_s - before_s
         return self._operations.logits
 
 

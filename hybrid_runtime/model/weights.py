@@ -94,7 +94,7 @@ def load_weights(store: Store, load: LoadMode = "anonymous") -> DecoderWeights:
     config = store.manifest.config
     embed, *layer_weights, head = store.read_parts(store.manifest.parts, load)
     layers = tuple(_layer(config, layer_idx, weights) for layer_idx, weights in enumerate(layer_weights))
-    return _decoder_weights(config, layers, embed | head)
+    return _decoder_weights(layers, embed | head)
 
 
 def tiered_weights(config: ModelConfig, loaded: TieredWeights, tiering: Tiering) -> DecoderWeights:
@@ -104,19 +104,17 @@ def tiered_weights(config: ModelConfig, loaded: TieredWeights, tiering: Tiering)
         names = [f"{ffn}.bundles" for ffn in ffn_names(config, layer_idx)]
         neurons: dict[str, AnyWeight] = dict(zip(names, networks, strict=True))
         layers.append(_layer(config, layer_idx, {**dense, **neurons}))
-    return replace(_decoder_weights(config, tuple(layers), loaded.outer), tiering=tiering)
+    return replace(_decoder_weights(tuple(layers), loaded.outer), tiering=tiering)
 
 
-def _decoder_weights(
-    config: ModelConfig, layers: tuple[DecoderLayer, ...], outer: Mapping[str, AnyWeight]
-) -> DecoderWeights:
+def _decoder_weights(layers: tuple[DecoderLayer, ...], outer: Mapping[str, AnyWeight]) -> DecoderWeights:
     embed_tokens = _matrix(outer, "embed_tokens")
     return DecoderWeights(
         embed_tokens=embed_tokens,
         embed_positions=_matrix(outer, "embed_positions") if "embed_positions" in outer else None,
         layers=layers,
         norm=_norm(outer, "norm"),
-        lm_head=embed_tokens if config.tie_word_embeddings else _matrix(outer, "lm_head"),
+        lm_head=_matrix(outer, "lm_head") if "lm_head" in outer else embed_tokens,
     )
 
 

@@ -1,8 +1,9 @@
 """What takes memory beside the neurons: who it is, how much, and on which device it goes when there is too little VRAM.
 
-First the GPU's own overhead, then layer by layer attention with its norms, router and cache, then the head, then the
-predictors: in this order as long as they fit. The embedding stays in RAM, since a token reads one row of it; so does
-what the GPU is not faster at, which the plan decides.
+First the GPU's own overhead, then layer by layer attention with its norms, router, cache and predictors, then the head:
+in this order as long as they fit. A layer's go together, so that who computes its attention also knows which neurons
+are active. The embedding stays in RAM, since a token reads one row of it; so does what the GPU is not faster at, which
+the plan decides.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from hybrid_runtime.store.manifest import Manifest
 Device = Literal["gpu", "ram"]
 PartKind = Literal["embedding", "attention", "KV cache", "head", "predictors"]
 
-GPU_KINDS: Final[tuple[PartKind, ...]] = ("attention", "KV cache", "head", "predictors")
+LAYER_KINDS: Final[tuple[PartKind, ...]] = ("attention", "KV cache", "predictors")
+"""Of a layer, which are placed as a whole."""
+GPU_KINDS: Final[tuple[PartKind, ...]] = (*LAYER_KINDS, "head")
 """All but the embedding."""
 GPU_OVERHEAD_BYTES = 600 << 20  # CUDA's context, its libraries and our buffers (reference: 0.6 GiB assumed)
 
@@ -53,19 +56,15 @@ def model_parts(
     for layer_idx in layers:
         of_layer = [name for name in sizes if name.startswith(f"layers.{layer_idx}.")]
         dense = sum(sizes[name] for name in of_layer if not name.endswith(".bundles") and ".predictor." not in name)
+        own = sum(sizes[name] for name in of_layer if ".predictor." in name)
+        size = own if predictor_bytes is None else predictor_bytes[layer_idx]
         parts += [Part("attention", layer_idx, dense), Part("KV cache", layer_idx, cache)]
+        parts += [Part("predictors", layer_idx, size)] if size else []
     embedding = sum(size for name, size in sizes.items() if name.startswith("embed_"))
     outer = sum(size for name, size in sizes.items() if not name.startswith(("layers.", "embed_")))
     if config.tie_word_embeddings:
         outer, embedding = outer + sizes["embed_tokens"], embedding - sizes["embed_tokens"]
     parts.append(Part("head", None, outer))
-    for layer_idx in layers:
-        own = sum(
-            size for name, size in sizes.items() if name.startswith(f"layers.{layer_idx}.") and ".predictor." in name
-        )
-        size = own if predictor_bytes is None else predictor_bytes[layer_idx]
-        if size:
-            parts.append(Part("predictors", layer_idx, size))
     if embedding:
         parts.append(Part("embedding", None, embedding))
     return parts
@@ -76,7 +75,7 @@ def place_parts(
 ) -> tuple[list[PlacedPart], int]:
     """Every part's device, and the VRAM that is left for neurons; without VRAM everything is in RAM.
 
-    kinds: that the GPU is to have. A layer's attention and its cache go together, since one reads the other.
+    kinds: that the GPU is to have, of LAYER_KINDS all or none.
     """
     left = vram_bytes - GPU_OVERHEAD_BYTES
     if left <= 0:
@@ -107,7 +106,7 @@ def _units(parts: Sequence[Part]) -> Iterator[list[Part]]:
     """What is placed as a whole."""
     unit: list[Part] = []
     for part in parts:
-        if unit and not (part.kind == "KV cache" and part.layer_idx == unit[0].layer_idx):
+        if unit and (part.layer_idx is None or part.layer_idx != unit[0].layer_idx):
             yield unit
             unit = []
         unit.append(part)

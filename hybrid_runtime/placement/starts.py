@@ -12,6 +12,7 @@ from hybrid_runtime.placement.greedy import place_greedily
 from hybrid_runtime.placement.grouping import NeuronGroups
 from hybrid_runtime.placement.parts import (
     GPU_KINDS,
+    LAYER_KINDS,
     Device,
     Part,
     PartKind,
@@ -25,6 +26,7 @@ from hybrid_runtime.placement.requests import PlanRequest, TokenCosts
 from hybrid_runtime.sizes import format_bytes
 from hybrid_runtime.store.manifest import Manifest
 
+HEAD: tuple[PartKind, ...] = ("head",)
 CACHE_SHARE = 1 / 8  # of the RAM for neurons: those on disk that were read lately, where any are there
 
 
@@ -49,9 +51,7 @@ def chosen_start(
     The rest on the GPU where that is faster; nothing of it; all of it, where RAM is short. Raises BudgetError for too
     little memory.
     """
-    faster = [kind for kind in GPU_KINDS if costs.gpu_s.get(kind, math.inf) < costs.cpu_s.get(kind, 0.0)]
-    if "attention" in faster:
-        faster = [kind for kind in GPU_KINDS if kind in faster or kind == "KV cache"]
+    faster = [kind for kinds in (LAYER_KINDS, HEAD) if _is_faster(kinds, costs) for kind in kinds]
     starts: list[Start] = []
     first_error: BudgetError | None = None
     for kinds in dict.fromkeys((tuple(faster), (), GPU_KINDS) if request.vram_bytes else ((),)):
@@ -67,6 +67,12 @@ def chosen_start(
         assert first_error is not None
         raise first_error
     return starts[0] if len(starts) == 1 else min(starts, key=lambda start: _greedy_s(start, costs))
+
+
+def _is_faster(kinds: Sequence[PartKind], costs: TokenCosts) -> bool:
+    """Whether the GPU takes less time for these together."""
+    there = [kind for kind in kinds if kind in costs.cpu_s]
+    return sum(costs.gpu_s.get(kind, math.inf) for kind in there) < sum(costs.cpu_s[kind] for kind in there)
 
 
 def _greedy_s(start: Start, costs: TokenCosts) -> float:

@@ -150,7 +150,7 @@ class CalibrationModel:
         return _timed(
             self._manifest,
             self._decoder.masks,
-            Counter(operation.label for operation in self._decoder.program_of(self._cache).operations),
+            Counter(self._decoder.program_of(self._cache).labels()),
             median_rows,
             {label: statistics.median(each.seconds[label] for each in rounds) for label in rounds[0].seconds},
             statistics.median(each.wall_s for each in rounds),

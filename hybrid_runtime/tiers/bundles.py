@@ -91,7 +91,8 @@ class TieredBundles:
                 self._read(neurons[places], places, data)
                 continue
             block = self.hot if tier == GPU else self.ram
-            data[places] = block[(addresses[places] - block.data_ptr()) // self.bundle_bytes]
+            numbers = (addresses[places] - block.data_ptr()) // self.bundle_bytes
+            data[places] = block[numbers.to(block.device)].to(data.device)
 
     def _read(self, neurons: torch.Tensor, places: torch.Tensor, data: torch.Tensor) -> None:
         """From the file, several at once where they lie near each other."""

@@ -46,25 +46,37 @@ class _Ledger:
     """Bytes that were taken, by tier."""
 
     taken: dict[int, int]
+    device: torch.device | None
 
     def block(self, tier: int, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes] of a tier's memory; the GPU's is this process's own where it is simulated."""
         self.taken[tier] += num_bytes
+        if tier == GPU and self.device is not None:
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         return anonymous_block(num_bytes) if num_bytes else torch.zeros(0, dtype=torch.uint8)
 
 
-def load_tiered(store: Store, plan: Plan, tiers: Sequence[torch.Tensor]) -> TieredWeights:
-    """tiers: by layer uint8 [E, I], as the plan was saved. Raises StoreError for a store that cannot be read."""
+def load_tiered(
+    store: Store, plan: Plan, tiers: Sequence[torch.Tensor], device: torch.device | None = None
+) -> TieredWeights:
+    """tiers: by layer uint8 [E, I], as the plan was saved. device: the GPU; None: it is simulated in this memory.
+
+    Raises StoreError for a store that cannot be read.
+    """
     config, parts = store.manifest.config, store.manifest.parts
     embed, *of_layers, head = parts
-    ledger = _Ledger({GPU: 0, RAM: 0})
+    ledger = _Ledger({GPU: 0, RAM: 0}, device)
     outer: dict[str, Weight] = {}
     layers: list[dict[str, Weight]] = []
     networks: list[list[TieredBundles]] = []
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read") as pool:
         tied = config.tie_word_embeddings
-        outer |= _dense(store, embed, GPU if tied and "head" in plan.gpu_parts else RAM, ledger)
-        outer |= _dense(store, head, GPU if "head" in plan.gpu_parts else RAM, ledger)
+        head_tier = GPU if "head" in plan.gpu_parts else RAM
+        outer |= _dense(store, embed, head_tier if tied else RAM, ledger)
+        outer |= _dense(store, head, head_tier, ledger)
+        if tied and head_tier == GPU and device is not None:  # of which a token reads one row on this side, too
+            (mapped,) = store.read_parts([embed], "mmap")
+            outer |= {"lm_head": outer["embed_tokens"]} | mapped
         for layer_idx, part in enumerate(of_layers):
             on_gpu = {kind for kind, layers_there in plan.gpu_layers.items() if layer_idx in layers_there}
             weights = _dense(store, part, GPU if "attention" in on_gpu else RAM, ledger, predictors=False)
@@ -177,4 +189,8 @@ def _fill(file: DirectFile, start: int, stop: int, targets: Sequence[tuple[torch
     read = file.read(start, stop, page_aligned(pages_around(stop - start)))
     for places, target in targets:
         if len(places):
-            torch.index_select(read.view(-1, *target.shape[1:]), 0, places, out=target)
+            bundles = read.view(-1, *target.shape[1:])
+            if target.device.type == "cpu":
+                torch.index_select(bundles, 0, places, out=target)
+            else:
+                target.copy_(bundles[places])

@@ -71,6 +71,10 @@ class Program:
                 before[words.AHEAD_STRIDE] = operation.beginning.stride
                 before[words.AHEAD_BYTES] = operation.beginning.num_bytes
 
+    def labels(self) -> list[str]:
+        """Of the operations, in order."""
+        return [operation.label for operation in self.operations]
+
     def ticks_by_label(self) -> dict[str, int]:
         """Ticks of the time counter since the last reset, by label."""
         totals: dict[str, int] = {}
@@ -82,8 +86,7 @@ class Program:
         """Of the last run: each operation's label, when it began, and how long it took but for the last, in ticks."""
         starts = [int(row[words.STARTED]) for row in self.words]
         ends = [*starts[1:], starts[-1]]
-        labels = [operation.label for operation in self.operations]
-        return [(label, start, end - start) for label, start, end in zip(labels, starts, ends, strict=True)]
+        return [(label, start, end - start) for label, start, end in zip(self.labels(), starts, ends, strict=True)]
 
     def reset_ticks(self) -> None:
         """Start a new profile."""

@@ -35,7 +35,8 @@ from hybrid_runtime.errors import UsageError
 
 if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
     from hybrid_runtime.benchmarking.speed_test import Measurement, SpeedTest
-    from hybrid_runtime.engine import LoadOptions, OpenModel
+    from hybrid_runtime.engine import OpenModel
+    from hybrid_runtime.load_options import LoadOptions
     from hybrid_runtime.stores import ModelRequest
     from hybrid_tools.bench_rows import BenchRow
 
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(settings: Settings) -> int:
     from hybrid_runtime.cli.loading import use_threads  # noqa: PLC0415  # imports torch
-    from hybrid_runtime.engine import LoadOptions  # noqa: PLC0415
+    from hybrid_runtime.load_options import LoadOptions  # noqa: PLC0415
     from hybrid_runtime.machine import physical_cores, usable_cores  # noqa: PLC0415
     from hybrid_runtime.progress import console_progress  # noqa: PLC0415
     from hybrid_runtime.stores import ModelRequest  # noqa: PLC0415

@@ -251,7 +251,8 @@ def _open(
     """
     from hybrid_runtime.budget import require_memory  # noqa: PLC0415
     from hybrid_runtime.cli.loading import use_threads  # noqa: PLC0415  # imports torch
-    from hybrid_runtime.engine import LoadOptions, default_cache_dir, open_model  # noqa: PLC0415
+    from hybrid_runtime.engine import default_cache_dir, open_model  # noqa: PLC0415
+    from hybrid_runtime.load_options import LoadOptions  # noqa: PLC0415
     from hybrid_runtime.machine import available_ram_bytes, physical_cores, usable_cores  # noqa: PLC0415
     from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER, has_profile, read_profile  # noqa: PLC0415
     from hybrid_runtime.profiling.profile_file import read_header as read_profile_header  # noqa: PLC0415

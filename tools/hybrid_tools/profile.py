@@ -160,7 +160,8 @@ def _folder(settings: Settings, store: Store) -> Path:
 def _open(settings: Settings, request: ProfileRequest) -> OpenModel:
     """The model, if it fits with what its profile takes."""
     from hybrid_runtime.cli.loading import use_threads  # noqa: PLC0415  # imports torch
-    from hybrid_runtime.engine import LoadOptions, open_model  # noqa: PLC0415
+    from hybrid_runtime.engine import open_model  # noqa: PLC0415
+    from hybrid_runtime.load_options import LoadOptions  # noqa: PLC0415
     from hybrid_runtime.machine import physical_cores, usable_cores  # noqa: PLC0415
     from hybrid_runtime.profiling.run import profiling_bytes  # noqa: PLC0415
     from hybrid_runtime.progress import console_progress  # noqa: PLC0415

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from hybrid_kernels.linear.gpu_kernels import linear_kernel
+from hybrid_kernels.linear.gpu_kernels import dequantize_kernel, linear_kernel
 from hybrid_kernels.packed_matrix import PackedMatrix
 
 LEAST_VECTORS = 16  # of a tensor core's instruction
+UNPACKED_ROWS, UNPACKED_COLUMNS = 16, 256  # of one program
 MOST_VECTORS = 64  # more is a product of matrices: dequantised once, multiplied densely
 
 
@@ -64,6 +65,29 @@ def linear(
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
+    return y
+
+
+def dequantize(weight: PackedMatrix) -> torch.Tensor:
+    """weight: [N, K] on a GPU -> [N, K], float16 of quantised rows (a level times a scale rounded), else float32."""
+    dtype = torch.float16 if weight.row_format.is_quantized else torch.float32
+    y = torch.empty(weight.num_rows, weight.columns, dtype=dtype, device=weight.rows.device)
+    if y.numel():
+        values, scales = row_views(weight)
+        padded = weight.row_format.padded_columns(weight.columns)
+        dequantize_kernel[(triton.cdiv(weight.num_rows, UNPACKED_ROWS), triton.cdiv(padded, UNPACKED_COLUMNS))](
+            values,
+            scales,
+            y,
+            weight.num_rows,
+            values.stride(0),
+            scales.stride(0),
+            COLUMNS=weight.columns,
+            KIND=weight.row_format.kind,
+            GROUP=weight.row_format.group,
+            BLOCK_ROWS=UNPACKED_ROWS,
+            CHUNK=UNPACKED_COLUMNS,
+        )
     return y
 
 

@@ -125,9 +125,10 @@ def split(
     threshold: float,
     cold: torch.Tensor,
     cold_counts: torch.Tensor,
+    num_hot: torch.Tensor | None = None,
 ) -> Lists:
     """experts: int32 [P]; logits: float32 [P, I], active above the threshold; None: all are. cold, cold_counts: as in
-    Lists, written to.
+    Lists, written to. num_hot: int64 [1], to which the number of hot ones is added.
     """
     num_pairs, num_neurons = len(experts), networks.num_neurons
     hot = torch.empty(num_pairs, num_neurons, dtype=torch.int32, device=experts.device)
@@ -140,9 +141,11 @@ def split(
         hot_counts,
         cold,
         cold_counts,
+        cold_counts if num_hot is None else num_hot,
         num_neurons,
         threshold,
         HAS_LOGITS=logits is not None,
+        ADDS_UP=num_hot is not None,
         BLOCK=SPLIT_BLOCK,
     )
     return Lists(hot, hot_counts, cold, cold_counts)

@@ -76,14 +76,16 @@ def split_kernel(
     hot_counts,
     cold,
     cold_counts,
+    all_hot,
     num_neurons,
     threshold,
     HAS_LOGITS: tl.constexpr,
+    ADDS_UP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """hot, cold: int32 [P, I], each pair's active neurons with a row of rows, int32 [E, I], and those with none (-1).
 
-    In the neurons' order; hot_counts, cold_counts: [P]. A program a pair: its neurons are some dozen steps.
+    In the neurons' order; hot_counts, cold_counts: [P]; all_hot: int64 [1]. A program a pair: some dozen steps.
     """
     pair = tl.program_id(0).to(tl.int64)
     expert = tl.load(experts + pair).to(tl.int64)
@@ -104,6 +106,8 @@ def split_kernel(
         num_cold += tl.sum(is_cold, axis=0)
     tl.store(hot_counts + pair, num_hot)
     tl.store(cold_counts + pair, num_cold)
+    if ADDS_UP:  # in any order: whole numbers
+        tl.atomic_add(all_hot, num_hot)
 
 
 @triton.jit

@@ -100,7 +100,7 @@ def test_a_simulated_gpu_takes_what_the_plan_gives_it(store, cache, least, tmp_p
     spans = [event for event in events if event["ph"] == "X"]
     assert {span["cat"] for span in spans} == {f"token {idx}" for idx in range(1, 9)}
     hot = [span for span in spans if span["name"] == "hot neurons"]
-    assert {span["tid"] for span in hot} == {lanes["GPU (simulated)"]}
+    assert {span["tid"] for span in hot} == {lanes["GPU"]}
     assert all(span["dur"] >= 0 for span in spans)
     one = [span for span in spans if span["cat"] == "token 2"]
     assert [span["ts"] for span in one] == sorted(span["ts"] for span in one)

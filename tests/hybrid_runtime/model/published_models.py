@@ -120,13 +120,13 @@ def turbosparse_mixtral_tensors(ranks=RANKS, shift=0.0, seed=0):
     return _shifted(random_tensors(shapes, seed), shift)
 
 
-def smallthinker_tensors(*, tied=True):
+def smallthinker_tensors(*, tied=True, head_dim=10):
     shapes = _outer_shapes()
     if tied:
         del shapes["lm_head.weight"]
     for idx in range(LAYERS):
         layer = f"model.layers.{idx}"
-        shapes |= attention_shapes(layer, HIDDEN, 4, KV_HEADS, 10)
+        shapes |= attention_shapes(layer, HIDDEN, 4, KV_HEADS, head_dim)
         shapes[f"{layer}.block_sparse_moe.primary_router.weight"] = (EXPERTS, HIDDEN)
         for expert in range(EXPERTS):
             name = f"{layer}.block_sparse_moe.experts.{expert}"

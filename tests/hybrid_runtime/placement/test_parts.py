@@ -56,11 +56,10 @@ def test_every_byte_but_the_bundles_counts_once(name):
     )
 
 
-def test_layers_first_then_the_head_then_predictors_then_the_embedding():
+def test_layers_first_then_the_head_then_the_embedding():
     parts = parts_of(replace(TWELVE, predictor_input="post_norm"))
-    layers = [(kind, idx) for idx in range(12) for kind in ("attention", "KV cache")]
-    predictors = [("predictors", idx) for idx in range(12)]
-    assert kinds(parts) == [*layers, ("head", None), *predictors, ("embedding", None)]
+    layers = [(kind, idx) for idx in range(12) for kind in ("attention", "KV cache", "predictors")]
+    assert kinds(parts) == [*layers, ("head", None), ("embedding", None)]
     for each in ("attention", "KV cache", "predictors"):  # layer 1 has not what layers 10 and 11 have
         assert len({part.num_bytes for part in parts if part.kind == each}) == 1
 
@@ -84,17 +83,17 @@ def test_a_tied_embedding_is_the_head():
 
 
 def test_vram_is_filled_in_order_and_nothing_overtakes():
-    """A layer's attention and its cache are one thing: 12 of these, the head, 12 predictors."""
+    """A layer's attention, cache and predictors are one thing: 12 of these, and the head."""
     parts = parts_of(replace(TWELVE, predictor_input="post_norm"))
     wanted = [part for part in parts if part.kind != "embedding"]
-    for count in (*range(0, 25, 2), *range(25, len(wanted) + 1)):
+    for count in (*range(0, 37, 3), 37):
         needed = GPU_OVERHEAD_BYTES + sum(part.num_bytes for part in wanted[:count])
         for spare in (0, 1):
             placed, left = place_parts(parts, needed + spare)
             assert [each.part for each in placed] == parts
             assert [each.device for each in placed] == ["gpu"] * count + ["ram"] * (len(parts) - count)
             assert left == spare, "which neurons get"
-            assert layers_on_gpu(placed) == set(range(min(count // 2, 12)))
+            assert layers_on_gpu(placed) == set(range(min(count // 3, 12)))
             assert bytes_on(placed, "gpu") == needed - GPU_OVERHEAD_BYTES
             assert bytes_on(placed, "gpu") + bytes_on(placed, "ram") == sum(part.num_bytes for part in parts)
 
@@ -115,8 +114,8 @@ def test_a_small_part_does_not_overtake_a_large_one():
 
 def test_only_the_kinds_that_are_asked_for_go_to_the_gpu():
     parts = parts_of(MODELS["dense-predictors"])
-    placed, left = place_parts(parts, 8 << 30, ["head", "predictors"])
-    assert {each.part.kind for each in placed if each.device == "gpu"} == {"head", "predictors"}
+    placed, left = place_parts(parts, 8 << 30, ["head"])
+    assert {each.part.kind for each in placed if each.device == "gpu"} == {"head"}
     assert left == (8 << 30) - GPU_OVERHEAD_BYTES - bytes_on(placed, "gpu")
     assert place_parts(parts, 8 << 30, ())[1] == (8 << 30) - GPU_OVERHEAD_BYTES
 

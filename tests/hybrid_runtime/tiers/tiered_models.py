@@ -32,8 +32,12 @@ def random_tiers(manifest, seed, merges=MERGES):
     return points, tiers
 
 
-def plan_of(manifest, merges, tiers, *, num_positions=64, cache_bytes=0, dense_on="ram") -> Plan:
-    """What a planner would write of such a placement, without times."""
+def plan_of(
+    manifest, merges, tiers, *, num_positions=64, cache_bytes=0, led=frozenset(), gpu_parts=frozenset()
+) -> Plan:
+    """What a planner would write of such a placement, without times. led: layers of which everything is on the GPU;
+    gpu_parts: what else is there.
+    """
     config, row = manifest.config, manifest.quantization.weights.row_bytes(manifest.config.hidden_size)
     bundle = row * (3 if config.activation.is_gated else 2)
     layers = []
@@ -42,15 +46,18 @@ def plan_of(manifest, merges, tiers, *, num_positions=64, cache_bytes=0, dense_o
         downs = counts[1] * row if merge == "hidden" else 0
         sizes = (counts[0] * bundle + downs, counts[1] * bundle, counts[2] * bundle)
         layers.append(PlanLayer(idx, merge, *counts, *sizes, 0.0, 0.0, 0.0))
+    by_place = {}
+    for part in model_parts(manifest, num_positions, "f32", None):
+        place = (part.kind, "gpu" if part.layer_idx in led or part.kind in gpu_parts else "ram")
+        by_place.setdefault(place, []).append(part)
     parts = tuple(
         PlanPart(
-            part.kind,
-            "ram" if part.kind == "embedding" else dense_on,
-            part.num_bytes,
+            *place,
+            sum(part.num_bytes for part in some),
             0.0,
-            () if part.layer_idx is None else (part.layer_idx,),
+            tuple(part.layer_idx for part in some if part.layer_idx is not None),
         )
-        for part in model_parts(manifest, num_positions, "f32", None)
+        for place, some in by_place.items()
     )
     totals = [sum(getattr(layer, f"{tier}_bytes") for layer in layers) for tier in ("gpu", "ram", "disk")]
     return Plan(

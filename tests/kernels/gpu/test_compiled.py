@@ -200,8 +200,11 @@ def test_down_rows_of_the_other_sides_counts_compile():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_split_and_the_merge_of_tiers_compile(architecture):
     signature = dict.fromkeys(("rows", "experts", "hot", "hot_counts", "cold"), "*i32")
-    signature |= {"logits": "*fp32", "cold_counts": "*i64", "num_neurons": "i32", "threshold": "fp32"}
-    machine = compiled(split_kernel, signature, {"HAS_LOGITS": True, "BLOCK": SPLIT_BLOCK}, architecture)
+    signature |= {"logits": "*fp32", "num_neurons": "i32", "threshold": "fp32"}
+    signature |= dict.fromkeys(("cold_counts", "all_hot"), "*i64")
+    machine = compiled(
+        split_kernel, signature, {"HAS_LOGITS": True, "ADDS_UP": False, "BLOCK": SPLIT_BLOCK}, architecture
+    )
     assert machine.count("STL") == machine.count("ATOM") == 0
     signature = dict.fromkeys(("partial", "expert_weights", "bias", "cold", "residual", "y"), "*fp32")
     signature |= {"experts": "*i32", "num_splits": "i32"}
