@@ -65,6 +65,7 @@ def measure(store: str, vram: int, ram: int, tokens: int, warm: int, cache_dir: 
     options = LoadOptions(
         ram_bytes=ram,
         vram_bytes=vram,
+        simulates_gpu=vram > 0,
         num_positions=num_positions,
         cache_dir=cache_dir,
         say=lambda line: click.echo(line, err=True),

@@ -193,10 +193,11 @@ def _spread_out(opened: OpenModel, options: LoadOptions, cache_dir: Path) -> Ope
         program_bytes=opened.memory_plan.program,
         extra_bytes=options.extra_bytes,
         profiles=options.profiles,
+        has_device=opened.device is not None,
     )
 
     def profile(spread: Spread, asked: ProfileRequest) -> None:
-        sequence = replace(opened, spread=spread).load_sequence()
+        sequence = replace(opened, spread=spread, device=None).load_sequence()
         tokenizer, _ = load_store_tokenizer(store)
         folder = beside(store, cache_dir) / PROFILE_FOLDER
         profile_with_progress(store, sequence, tokenizer, asked, folder, options.progress)

@@ -53,7 +53,8 @@ Say = Callable[[str], None]
 class SpreadRequest:
     """What a plan follows from, beside the store. ram_bytes: the budget of everything but the simulated GPU's memory.
 
-    predictors: trained ones that lie beside the store; is_simulated: whether the GPU's tier is in this process's RAM.
+    predictors: trained ones that lie beside the store; is_simulated: whether the GPU's tier is in this process's RAM;
+    has_device: whether a GPU computes, which shows no neurons to who makes a profile.
     program_bytes: of the process without the model; extra_bytes: that the caller will take beside it; profiles: whether
     to make a profile where there is none.
     """
@@ -70,6 +71,7 @@ class SpreadRequest:
     program_bytes: int
     extra_bytes: int = 0
     profiles: bool = True
+    has_device: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ def _profiled(
         say(f"{better}, which needs exact decoding")
         return False
     asked = profile_request(store, request.num_positions)
+    request = replace(request, vram_bytes=0) if request.has_device else request
     extra = profiling_bytes(store.manifest.config, asked)
     try:
         blind = _planned(store, request, blind_profile(store), _say_nothing, extra)
