@@ -93,6 +93,9 @@ def _describe(engine: Engine, load: str, load_s: float) -> None:
     say(f"machine    {machine.cpu_name}, {sequence.decoder.team.num_threads} threads, {vector_sets}")
     say(f"kernels    compiled for {instruction_set()}")
     say(f"backend    torch {machine.torch_version} on the CPU; GPU: {machine.gpu_name or machine.no_gpu_reason}")
+    decoder = sequence.decoder
+    if decoder.way:
+        say(f"GPU        {decoder.way}")
     say(f"store      {engine.store.folder}, {format_bytes(engine.store.num_bytes)}, loaded in {load_s:.2f} s")
     huge = f"{format_bytes(huge_page_bytes())} of this process in huge pages"
     say(f"weights    {'mapped from their files' if load == 'mmap' else 'in anonymous memory'}, {huge}")

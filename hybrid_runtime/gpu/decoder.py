@@ -78,6 +78,11 @@ class GpuDecoder(Decoder):
         """Whether a GPU computes some of it; in Triton's interpreter none does."""
         return self.device.is_cuda
 
+    @property
+    def way(self) -> str:
+        """How work gets to the GPU."""
+        return self.device.way
+
     def hot_neurons(self, cache: KvCache) -> int:
         """Active neurons that the GPU has listed by itself so far. Waits for it."""
         program = self._program(cache)

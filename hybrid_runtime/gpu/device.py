@@ -74,11 +74,20 @@ class GpuDevice:
             mark.synchronize()
 
     def recorded(self, work: Work) -> Work:
-        """The work's launches as one, without doing them: memory that it uses must stay where it is."""
+        """The work's launches as one, without doing them: memory that it uses must stay where it is.
+
+        Not by torch.cuda.graph, which collects garbage each time: a token has some sixty pieces of work.
+        """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            work()
+        graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            graph.capture_begin(pool=self._pool)
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        current.wait_stream(aside)
         replay: Work = graph.replay
         return replay

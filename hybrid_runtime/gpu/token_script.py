@@ -247,7 +247,8 @@ class TokenScript:
         if layer.predictor is not None:
             logits = predict(layer.predictor, taps.at(config.predictor_input or "post_norm"), turn.experts)
             threshold = layer.predictor.threshold
-        counter = None if logits is None else self._hot_neurons  # without predictors the CPU sees and counts them
+        # without predictors the CPU sees and counts them, if it hears of the layer at all
+        counter = None if logits is None and tells else self._hot_neurons
         turn.lists = split(networks, turn.experts, logits, threshold, there.cold, there.counts, counter)
         if tells:
             there.x[: config.hidden_size].copy_(taps.post_norm.view(-1))

@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -32,7 +33,7 @@ def find_device() -> GpuDevice | None:
     """The first GPU of NVIDIA's; the CPU where Triton interprets (TRITON_INTERPRET=1, for tests); None without both."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return GpuDevice(torch.device("cpu"))
-    if not torch.cuda.is_available() or torch.version.hip is not None:
+    if not torch.cuda.is_available() or torch.version.hip is not None or find_spec("triton") is None:
         return None
     return GpuDevice(torch.device("cuda", 0))
 

@@ -89,6 +89,11 @@ class Decoder:
         """Whether a GPU computes some of it."""
         return False
 
+    @property
+    def way(self) -> str:
+        """How work gets to the GPU, where there is one."""
+        return ""
+
     def hot_neurons(self, cache: KvCache) -> int:
         """Active neurons that a GPU has listed by itself so far, for this cache's tokens."""
         del cache

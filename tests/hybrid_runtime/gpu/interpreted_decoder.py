@@ -1,8 +1,10 @@
 """A model on a GPU and in RAM at once, its kernels in Triton's interpreter, beside one that is in one memory.
 
-test_interpreted.py runs this file in its own process. The models' sizes are changed to what tensor cores multiply.
+test_interpreted.py runs this file in its own process, and test_on_gpu.py on a GPU (HYBRID_TEST_DEVICE=cuda). The
+models' sizes are changed to what tensor cores multiply.
 """
 
+import os
 import random
 from dataclasses import replace
 
@@ -16,7 +18,7 @@ from hybrid_kernels.tiers.layout import RAM
 from hybrid_runtime.errors import UsageError
 from hybrid_runtime.gpu.decoder import GpuDecoder
 from hybrid_runtime.gpu.device import GpuDevice
-from hybrid_runtime.gpu.steps import Steps
+from hybrid_runtime.gpu.steps import WARM_UPS, Steps
 from hybrid_runtime.model.decoder import Decoder, choose_predictor_mode
 from hybrid_runtime.model.kv_cache import KvCache
 from hybrid_runtime.model.weights import tiered_weights
@@ -27,7 +29,10 @@ from tests.hybrid_runtime.model import published_models as models
 from tests.hybrid_runtime.model.tiny_models import load, random_tokens, write_folder
 from tests.hybrid_runtime.tiers.tiered_models import MERGES, plan_of, random_tiers
 
-attention_gpu.NUM_SPLITS = 2  # the interpreter takes milliseconds for each
+DEVICE = torch.device(os.environ.get("HYBRID_TEST_DEVICE", "cpu"))
+IS_CUDA = DEVICE.type == "cuda"
+if not IS_CUDA:
+    attention_gpu.NUM_SPLITS = 2  # the interpreter takes milliseconds for each
 models.HIDDEN, models.HEADS, models.HEAD_DIM = 64, 4, 16
 SIZES = {"hidden_size": 64, "num_attention_heads": 4}
 MODELS = {
@@ -42,11 +47,10 @@ MODELS = {
 }
 # The GPU rounds activations to float16 and the CPU to int8, and a neuron near the predictor's threshold may fall to
 # either side, which one token of a tiny model shows: f32, which rounds nothing, is what tells right from wrong.
-EXACT, TYPICAL, WORST = 1e-4, 0.05, 0.3
+EXACT, TYPICAL, WORST = (1e-4 if not IS_CUDA else 2e-3), 0.05, 0.3  # tf32 has ten bits
 FORMATS = [RowFormat("f32"), RowFormat("q8", 32), RowFormat("q4", 32)]
-TOKENS = random_tokens(models.VOCAB)[:6]
 NUM_PROMPT = 4
-CPU = torch.device("cpu")
+TOKENS = random_tokens(models.VOCAB)[: NUM_PROMPT + (2 if not IS_CUDA else 3 + 2 * WARM_UPS)]  # the last are replayed
 ALL = frozenset(range(models.LAYERS))
 
 
@@ -77,12 +81,12 @@ def gpu_decoder(model, team, merges, tiers, led, *, has_head=True, crossing_toke
     manifest, config = model.store.manifest, model.config
     parts = frozenset({"head"}) if has_head else frozenset()
     plan = plan_of(manifest, merges, tiers, led=led, gpu_parts=parts)
-    weights = load_tiered(model.store, plan, tiers)
+    weights = load_tiered(model.store, plan, tiers, DEVICE if IS_CUDA else None)
     most = max(1, config.num_experts_per_tok) * config.intermediate_size
     cache = DiskCache(most + 1, weights.networks[0][0].bundle_bytes, most)
     mode = choose_predictor_mode(config, None)
     spread = tiered_weights(config, weights, Tiering(plan, cache, weights.gpu_bytes))
-    return GpuDecoder(config, spread, mode, team, GpuDevice(CPU), crossing_tokens=crossing_tokens)
+    return GpuDecoder(config, spread, mode, team, GpuDevice(DEVICE), crossing_tokens=crossing_tokens)
 
 
 def logits_of(decoder, dtype="f32"):
@@ -176,4 +180,4 @@ def test_heads_that_no_kernel_computes_are_refused(loaded, team):
     decoder = gpu_decoder(model, team, merges, tiers, ALL)
     config = replace(model.config, head_dim=24)
     with pytest.raises(UsageError, match=r"head_dim is 24, and the GPU's kernels compute powers of two"):
-        GpuDecoder(config, decoder.weights, "off", team, GpuDevice(CPU))
+        GpuDecoder(config, decoder.weights, "off", team, GpuDevice(DEVICE))
