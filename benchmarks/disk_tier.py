@@ -1,6 +1,6 @@
 """Decoding a model that RAM does not hold: tokens a second by --ram, against what the disk allows for the bytes read.
 
-    python benchmarks/disk_tier.py STORE --vram 8G --ram 6G,8G,10G,12G [-o results.json]
+    python benchmarks/disk_tier.py STORE --vram 8G --ram 6G,8G,10G,12G --text FILE [-o results.json]
 
 One process for each --ram; the GPU is simulated (its memory is this process's, beside --ram). What the disk allows are
 the run's own counts of reads and bytes at the speeds that hybrid-doctor measured: reads of 4 KiB a second, and bytes a
@@ -30,7 +30,7 @@ from hybrid_runtime.machine import describe_machine, peak_rss_bytes
 from hybrid_runtime.sizes import format_bytes
 from hybrid_runtime.speeds.disk import DiskSpeeds
 from hybrid_runtime.speeds.machine_speeds import machine_speeds, with_disk_of
-from hybrid_runtime.stores import ModelRequest
+from hybrid_runtime.stores import ModelRequest, load_store_tokenizer
 
 GIB = 1 << 30
 
@@ -60,8 +60,10 @@ class Row:
         return self.allowed_s * self.tokens_per_s
 
 
-def measure(store: str, vram: int, ram: int, tokens: int, warm: int, cache_dir: Path, num_positions: int) -> Row:
-    """Decode random tokens; the first `warm` of them fill the cache and are not timed."""
+def measure(
+    store: str, vram: int, ram: int, tokens: int, warm: int, cache_dir: Path, num_positions: int, text: Path | None
+) -> Row:
+    """Decode the end of a text, or random tokens; the first `warm` of them fill the cache and are not timed."""
     options = LoadOptions(
         ram_bytes=ram,
         vram_bytes=vram,
@@ -76,7 +78,12 @@ def measure(store: str, vram: int, ram: int, tokens: int, warm: int, cache_dir: 
     decoder = sequence.decoder
     tiering = decoder.weights.tiering
     assert tiering is not None
-    ids = torch.randint(0, decoder.config.vocab_size, (warm + tokens,), generator=torch.Generator().manual_seed(0))
+    count = warm + tokens
+    if text is None:
+        ids = torch.randint(0, decoder.config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
+    else:
+        tokenizer, _ = load_store_tokenizer(opened.store)
+        ids = torch.tensor(tokenizer.encode(text.read_text(encoding="utf-8")[-16 * count :])[-count:])
     _decode(sequence, ids[:warm])
     meter = DecodeMeter(sequence)
     started_s = time.perf_counter()
@@ -148,6 +155,7 @@ def line_of(row: Row) -> str:
 @click.option("--tokens", default=40, help="That are timed.")
 @click.option("--warm", default=40, help="That fill the cache before.")
 @click.option("--ctx", default=4096, help="Context in tokens.")
+@click.option("--text", type=click.Path(path_type=Path), help="Whose end is decoded. [default: random tokens]")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where speeds are kept.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON with the machine's description.")
 @click.option("--alone", is_flag=True, hidden=True)
@@ -158,6 +166,7 @@ def main(
     tokens: int,
     warm: int,
     ctx: int,
+    text: Path | None,
     cache_dir: Path | None,
     output: Path | None,
     *,
@@ -166,7 +175,7 @@ def main(
     """Print a row for each --ram."""
     cache = cache_dir or default_cache_dir()
     if alone:
-        row = measure(store, vram, Size().convert(ram, None, None), tokens, warm, cache, ctx)
+        row = measure(store, vram, Size().convert(ram, None, None), tokens, warm, cache, ctx, text)
         click.echo(json.dumps(asdict(row)))
         return
     rows = []
@@ -184,6 +193,7 @@ def main(
             "--alone",
         ]
         command += ["--warm", str(warm), "--ctx", str(ctx), "--cache-dir", str(cache)]
+        command += ["--text", str(text)] if text is not None else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # ourselves
         if done.returncode:
             click.echo(f"--ram {size}: refused")

@@ -133,7 +133,8 @@ def open_model(request: ModelRequest, options: LoadOptions, *, needs_tokenizer: 
         largest_converted_bytes=found.largest_converted_bytes,
     )
     plan = plan_memory(config, needs, current_rss_bytes())
-    plan = replace(plan, workspace=plan.workspace + options.extra_bytes)
+    extra_bytes = options.extra_bytes + (0 if device is None else device.host_bytes)
+    plan = replace(plan, workspace=plan.workspace + extra_bytes)
     least = least_memory(plan, config, found.weights)
     can_spread = options.spreads and (options.vram_bytes > 0 or fits_memory(least, options.ram_bytes))
     spreads = can_spread and (options.vram_bytes > 0 or not fits_memory(plan, options.ram_bytes))
@@ -158,7 +159,7 @@ def open_model(request: ModelRequest, options: LoadOptions, *, needs_tokenizer: 
     opened = OpenModel(
         store, predictor_mode, num_positions, kv_dtype, options.load, plan, num_threads, kernels, trained, device=device
     )
-    return _spread_out(opened, options, cache_dir) if spreads else opened
+    return _spread_out(opened, replace(options, extra_bytes=extra_bytes), cache_dir) if spreads else opened
 
 
 def _loaded(request: ModelRequest, options: LoadOptions) -> tuple[OpenModel, TokenSequence]:

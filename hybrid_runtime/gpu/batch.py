@@ -25,7 +25,7 @@ from hybrid_runtime.model.tiered_ffn import tiered_ffn
 from hybrid_runtime.tiers.bundles import TieredBundles
 
 QUERIES = 32  # tokens that attend at a time: what they have so far takes some megabytes each
-ROWS = 4096  # of weights that are unpacked at a time
+ROWS = 2048  # of weights that are unpacked at a time
 NUM_BUFFERS = 2
 
 

@@ -16,6 +16,7 @@ import torch
 
 from hybrid_runtime.sizes import format_bytes
 
+COMPILER_BYTES = 512 << 20  # Triton's and LLVM's; assumed, for want of a GPU to measure it with
 Work = Callable[[], None]
 
 
@@ -41,6 +42,11 @@ class GpuDevice:
             return wanted
         say(f"the GPU has {format_bytes(free)} free of {format_bytes(wanted)} asked for: planning with these")
         return int(free)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of RAM, what compiling kernels for it takes."""
+        return COMPILER_BYTES if self.is_cuda else 0
 
     def peak_bytes(self) -> int:
         """Most that this process has held of the GPU's memory, without what CUDA takes for itself."""

@@ -13,7 +13,7 @@ import torch
 
 from hybrid_kernels.team import Team
 from hybrid_runtime.config import ModelConfig
-from hybrid_runtime.errors import UsageError
+from hybrid_runtime.errors import BudgetError, UsageError
 from hybrid_runtime.gpu.device import GpuDevice
 from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.machine import describe_machine
@@ -49,6 +49,7 @@ def chosen_device(config: ModelConfig, options: LoadOptions) -> GpuDevice | None
     from hybrid_runtime.gpu.decoder import require_computable  # noqa: PLC0415  # imports triton
 
     require_computable(config)
+    torch.zeros(1, device=device.torch_device)  # CUDA's own share of RAM is part of the program that is measured next
     return device
 
 
@@ -64,7 +65,7 @@ def gpu_decoder(
 
 
 def with_less_after_oom(options: LoadOptions, load: Callable[[LoadOptions], Result]) -> Result:
-    """What load makes; where the driver runs out of memory, once more with less."""
+    """What load makes; where the driver runs out of memory, once more with less. Raises BudgetError the second time."""
     try:
         return load(options)
     except torch.cuda.OutOfMemoryError:
@@ -74,4 +75,7 @@ def with_less_after_oom(options: LoadOptions, load: Callable[[LoadOptions], Resu
         )
     gc.collect()
     torch.cuda.empty_cache()
-    return load(replace(options, vram_bytes=less))
+    try:
+        return load(replace(options, vram_bytes=less))
+    except torch.cuda.OutOfMemoryError as error:
+        raise BudgetError(f"the GPU has run out of memory with {format_bytes(less)}, too; give less --vram") from error

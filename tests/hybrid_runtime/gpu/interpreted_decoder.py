@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid_kernels.attention import gpu as attention_gpu
 from hybrid_kernels.quantization.row_format import RowFormat
@@ -181,3 +182,38 @@ def test_heads_that_no_kernel_computes_are_refused(loaded, team):
     config = replace(model.config, head_dim=24)
     with pytest.raises(UsageError, match=r"head_dim is 24, and the GPU's kernels compute powers of two"):
         GpuDecoder(config, decoder.weights, "off", team, GpuDevice(DEVICE))
+
+
+class NoValuesForTheHost(TorchDispatchMode):
+    """Raises where something asks the device for a value, which no recorded graph can."""
+
+    ASKING = frozenset(
+        {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+    )
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in self.ASKING, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("led", [ALL, frozenset()], ids=["led by the GPU", "led by the CPU"])
+def test_launches_ask_for_no_value(loaded, team, merge, led, monkeypatch):
+    launch = Steps.launch
+
+    def launch_watched(steps, work):
+        def watched():
+            with NoValuesForTheHost():
+                work()
+
+        launch(steps, watched)
+
+    monkeypatch.setattr(Steps, "launch", launch_watched)
+    model = loaded("turbosparse-mixtral", RowFormat("f32"))
+    merges, tiers = random_tiers(model.store.manifest, 5, (merge,))
+    decoder = gpu_decoder(model, team, merges, tiers, led)
+    cache = KvCache(model.config, 2, "f32")
+    for token in TOKENS[:2]:
+        decoder.forward(token.view(1), cache)
+    with pytest.raises(AssertionError, match="waits for the device"), NoValuesForTheHost():
+        int(torch.ones(1))
