@@ -69,20 +69,15 @@ class DecodeMeter:
         per_tick = kernel_s / max(1, sum(ticks.values()))
         gpu_s = per_tick * sum(count for label, count in ticks.items() if label in GPU_LABELS)
         tiers = None if after.tiers is None or before.tiers is None else _difference(before.tiers, after.tiers)
-        threads = self._sequence.decoder.team.num_threads
+        decoder = self._sequence.decoder
+        threads = decoder.team.num_threads
         wait_s = 0.0 if tiers is None else per_tick * tiers.stall_ticks / threads
-        crossed = tokens * self._vectors_bytes() + (after.carried_values - before.carried_values) * VALUE_BYTES
+        crossed = (
+            tokens * decoder.crossed_bytes(self._sequence.cache)
+            + (after.carried_values - before.carried_values) * VALUE_BYTES
+        )
         seconds = after.time_s - before.time_s
         return Spent(tokens, seconds, kernel_s - gpu_s - wait_s, gpu_s, wait_s, crossed, tiers)
-
-    def _vectors_bytes(self) -> int:
-        """Of the vectors that a token sends to the other side and back."""
-        decoder = self._sequence.decoder
-        tiering = decoder.weights.tiering
-        if tiering is None:
-            return 0
-        crossings = {"none": 0, "output": 2, "hidden": 1, "gpu": 0}
-        return sum(crossings[merge] for merge in tiering.merges) * decoder.config.hidden_size * 4
 
 
 @dataclass(frozen=True, slots=True)

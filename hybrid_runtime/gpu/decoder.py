@@ -83,6 +83,12 @@ class GpuDecoder(Decoder):
         """How work gets to the GPU."""
         return self.device.way
 
+    def crossed_bytes(self, cache: KvCache) -> int:
+        """Of a token, what goes over the bus."""
+        program = self._program(cache)
+        assert isinstance(program, TokenScript)
+        return program.crossed_bytes
+
     def hot_neurons(self, cache: KvCache) -> int:
         """Active neurons that the GPU has listed by itself so far. Waits for it."""
         program = self._program(cache)

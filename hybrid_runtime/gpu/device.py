@@ -86,7 +86,8 @@ class GpuDevice:
         """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             graph.capture_begin(pool=self._pool)

@@ -37,10 +37,9 @@ class Message:
         self._there = torch.zeros(sum(sizes), dtype=torch.int32, device=device.torch_device)
         self.here, self.there = (_fields(block, sizes, slots) for block in (self._here, self._there))
 
-    @property
-    def num_bytes(self) -> int:
-        """Of the whole message."""
-        return WORD * len(self._here)
+    def sent_bytes(self, *, with_lists: bool) -> int:
+        """What `send` copies."""
+        return WORD * (len(self._here) if with_lists else self._without_lists)
 
     def send(self, *, with_lists: bool) -> None:
         """To RAM, when the stream is so far."""

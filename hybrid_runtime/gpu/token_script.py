@@ -71,7 +71,9 @@ class _Turn:
 
 
 class TokenScript:
-    """Of one decoder with one cache. `step` computes one token, as TokenProgram's does."""
+    """Of one decoder with one cache. `step` computes one token, as TokenProgram's does. crossed_bytes: that a token
+    sends over the bus.
+    """
 
     def __init__(
         self,
@@ -91,6 +93,7 @@ class TokenScript:
         device = side.device
         self._operations = TokenOperations(config, weights, cache, team, masks=masks, zeros=device.host_zeros)
         self.step_s = 0.0
+        self.crossed_bytes = 0
         memory = self._operations.memory
         slots, hidden, neurons = memory.num_slots, config.hidden_size, config.intermediate_size
         self._message = Message(device, slots, hidden, neurons)
@@ -171,6 +174,7 @@ class TokenScript:
         if self._side.head is not None:
             if not is_there:
                 self._send_stream()
+            self.crossed_bytes += 4 * self._config.vocab_size
             steps.launch(self._head)
             steps.mark()
             steps.wait()
@@ -185,6 +189,7 @@ class TokenScript:
 
     def _send_stream(self) -> None:
         stream, here = torch.from_numpy(self._operations.memory.stream), self._stream_here
+        self.crossed_bytes += 4 * self._config.hidden_size
 
         def take() -> None:
             self._x = here[: self._config.hidden_size].to(self._positions.device, non_blocking=True).view(1, -1)
@@ -195,6 +200,7 @@ class TokenScript:
     def _fetch_stream(self) -> None:
         stream, here = torch.from_numpy(self._operations.memory.stream), self._stream_here
         width = self._config.hidden_size
+        self.crossed_bytes += 4 * width
         self.steps.launch(lambda: _assign(here[:width], self._x.view(-1)))
         self.steps.mark()
         self.steps.wait()
@@ -227,6 +233,8 @@ class TokenScript:
 
         steps.launch(lead)
         if has_cold:
+            back = self._cold.values if merges == "hidden" else self._operations.memory.stream
+            self.crossed_bytes += self._message.sent_bytes(with_lists=self._masks) + back.nbytes
             steps.mark()
         steps.launch(hot)
         if has_cold:
@@ -282,6 +290,8 @@ class TokenScript:
         networks, turn = self._side.networks[layer_idx], _Turn()
         if merges == "output":
             networks = replace(networks, down_bias=None)  # which the CPU's sum has
+        lists = (neurons.hot, neurons.cold, *((neurons.values,) if merges == "hidden" else ()))
+        self.crossed_bytes += sum(each.nbytes for each in lists) + 2 * operations.memory.stream.nbytes
         steps.host(lambda: self._tell_gpu(is_mixture=layer.router is not None))
         steps.launch(lambda: self._follow(layer_idx, networks, turn, merges_hidden=merges == "hidden"))
         if merges == "gpu":

@@ -94,6 +94,14 @@ class Decoder:
         """How work gets to the GPU, where there is one."""
         return ""
 
+    def crossed_bytes(self, cache: KvCache) -> int:
+        """Of a token, what goes to a GPU and back, carried values not counted; of a simulated one, what would."""
+        del cache
+        if self.weights.tiering is None:
+            return 0
+        crossings = {"none": 0, "output": 2, "hidden": 1, "gpu": 0}
+        return sum(crossings[merge] for merge in self.weights.tiering.merges) * self.config.hidden_size * 4
+
     def hot_neurons(self, cache: KvCache) -> int:
         """Active neurons that a GPU has listed by itself so far, for this cache's tokens."""
         del cache

@@ -37,14 +37,20 @@ def store(tmp_path_factory):
     return folder / "store"
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One for all: the model is profiled once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 def engine_of(store, cache, vram):
     options = LoadOptions(num_positions=64, vram_bytes=vram, cache_dir=cache, threads=1)
     return Engine.load(str(store), options)
 
 
-def test_text_is_the_cpus(store, tmp_path):
-    on_cpu = engine_of(store, tmp_path, 0)
-    with_gpu = engine_of(store, tmp_path, 700 << 20)
+def test_text_is_the_cpus(store, cache):
+    on_cpu = engine_of(store, cache, 0)
+    with_gpu = engine_of(store, cache, 700 << 20)
     assert isinstance(with_gpu.sequence.decoder, GpuDecoder)
     assert with_gpu.spread.plan.gpu_layers["attention"] == {0, 1}
     texts = ["".join(engine.generate(PROMPT, GREEDY)) for engine in (on_cpu, with_gpu)]
@@ -53,18 +59,18 @@ def test_text_is_the_cpus(store, tmp_path):
     torch.testing.assert_close(with_gpu.logits(ids), on_cpu.logits(ids), atol=1e-4, rtol=1e-3)
 
 
-def test_prompts_in_a_row_keep_what_they_share(store, tmp_path):
-    engines = [engine_of(store, tmp_path, vram) for vram in (0, 700 << 20)]
+def test_prompts_in_a_row_keep_what_they_share(store, cache):
+    engines = [engine_of(store, cache, vram) for vram in (0, 700 << 20)]
     for prompt in (PROMPT, PROMPT + " and the other", "Once"):
         texts = ["".join(engine.generate(prompt, GREEDY)) for engine in engines]
         assert texts[0] == texts[1]
         assert engines[0].last_report.cached_tokens == engines[1].last_report.cached_tokens
 
 
-def test_command_tells_what_computes(store, tmp_path, capfd):
+def test_command_tells_what_computes(store, cache, tmp_path, capfd):
     trace = tmp_path / "trace.json"
     flags = ["--vram", "700M", "--ctx", "64", "--max-tokens", "3", "--temperature", "0", "--threads", "1", "-v"]
-    places = ["--cache-dir", str(tmp_path / "cache"), "--trace", str(trace)]
+    places = ["--cache-dir", str(cache), "--trace", str(trace)]
     assert main(["--model", str(store), "--prompt", PROMPT, *flags, *places]) == 0
     err = capfd.readouterr().err
     assert "GPU        interpreted" in err
