@@ -46,6 +46,7 @@ from hybrid_runtime.generation.sequence import TokenSequence
 from hybrid_runtime.gpu.use import find_device
 from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.machine import describe_machine, peak_rss_bytes
+from hybrid_runtime.placement.parts import model_parts
 from hybrid_runtime.placement.plan import Plan, PlanLayer
 from hybrid_runtime.shipped import DEFAULT_MODEL
 from hybrid_runtime.sizes import format_bytes
@@ -169,9 +170,13 @@ def _bytes_and_roofline(
     hot_bytes = hot * parts * row
     dense = {"ram": 0, "gpu": 0}
     if opened.spread is not None:
-        for part in opened.spread.plan.parts:
-            share = sequence.cache.length / sequence.cache.num_positions if part.kind == "KV cache" else 1.0
-            dense[part.device] += int(part.num_bytes * share) if part.kind != "embedding" else 0
+        parts_there = [(part.kind, part.num_bytes, part.device) for part in opened.spread.plan.parts]
+    else:
+        parts_of = model_parts(manifest, sequence.cache.num_positions, sequence.cache.dtype, None)
+        parts_there = [(part.kind, part.num_bytes, "ram") for part in parts_of]
+    for kind, num_bytes, device in parts_there:
+        share = sequence.cache.length / sequence.cache.num_positions if kind == "KV cache" else 1.0
+        dense[device] += int(num_bytes * share) if kind != "embedding" else 0
     speeds = _speeds(opened, cache_dir)
     gpu_speed = speeds.gpu.memory_bytes_per_s if speeds.gpu is not None else float("inf")
     cpu_speed = speeds.memory_bytes_per_s
