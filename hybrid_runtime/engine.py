@@ -22,7 +22,7 @@ from hybrid_kernels.native.load import KernelLibrary
 from hybrid_kernels.team import Team
 from hybrid_runtime.budget import MemoryNeeds, MemoryPlan, plan_memory, require_memory
 from hybrid_runtime.config import ModelConfig
-from hybrid_runtime.errors import ContextOverflow, TemplateError, UsageError
+from hybrid_runtime.errors import BudgetError, ContextOverflow, TemplateError, UsageError
 from hybrid_runtime.generation.report import GenerationReport
 from hybrid_runtime.generation.sampling import SamplingParams
 from hybrid_runtime.generation.sequence import Generation, TokenSequence, check_prompt
@@ -44,6 +44,7 @@ from hybrid_runtime.model.trained_predictors import load_predictors, with_predic
 from hybrid_runtime.model.weights import load_weights
 from hybrid_runtime.profiling.profile_file import PROFILE_FOLDER
 from hybrid_runtime.profiling.run import ProfileRequest
+from hybrid_runtime.sizes import format_bytes
 from hybrid_runtime.spreading import Spread, SpreadRequest, find_spread, load_spread, profile_with_progress
 from hybrid_runtime.store.beside import beside, store_digest
 from hybrid_runtime.store.memory import LoadMode
@@ -181,6 +182,13 @@ def _spread_out(opened: OpenModel, options: LoadOptions, cache_dir: Path) -> Ope
         vram_bytes = opened.device.available_bytes(vram_bytes, options.say)
     in_ram = vram_bytes if options.simulates_gpu else 0
     free_bytes = available_ram_bytes() + opened.memory_plan.program - in_ram
+    if options.ram_bytes is None and free_bytes <= 0:
+        raise BudgetError(
+            f"--vram {format_bytes(in_ram)}, simulated in RAM: {format_bytes(available_ram_bytes())} of it are free; "
+            "give less"
+        )
+    if opened.load == "mmap":
+        options.say("--load mmap: neurons are spread over memories, so that all that stays is read")
     request = SpreadRequest(
         vram_bytes=vram_bytes,
         ram_bytes=_whole_steps(free_bytes) if options.ram_bytes is None else options.ram_bytes,

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import filelock
 import torch
 
 from hybrid_runtime.budget import MemoryNeeds, MemoryPlan, plan_memory
-from hybrid_runtime.errors import BudgetError, CheckpointError
+from hybrid_runtime.errors import BudgetError, CheckpointError, UsageError
 from hybrid_runtime.generation.sequence import TokenSequence
 from hybrid_runtime.gpu.device import GpuDevice
 from hybrid_runtime.machine import describe_machine
@@ -45,6 +46,7 @@ WINDOW = 256
 MOST_TOKENS, LEAST_TOKENS = 8192, 1024  # of a small model, and of a large one
 BYTES_TIMES_TOKENS = 8192 * (100 << 20)  # a minute or so
 SAMPLE_BYTES = 16 << 20
+LOCK = ".lock"
 
 Say = Callable[[str], None]
 
@@ -118,8 +120,18 @@ def find_spread(
     if kept is not None and kept.memory_plan(store.manifest, request).total <= request.ram_bytes:
         return kept
     made = _planned(store, request, None, say)
-    save_plan(plan_folder, made.plan, made.tiers)
+    _keep(plan_folder, made, say)
     return made
+
+
+def _keep(folder: Path, made: Spread, say: Say) -> None:
+    """For the next run, which can do without: another one may be writing it, or the disk be full."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / LOCK, timeout=0):
+            save_plan(folder, made.plan, made.tiers)
+    except (BudgetError, OSError) as error:  # a lock that somebody has is an OSError, too
+        say(f"this plan is not kept for the next run: {error}")
 
 
 def _profiled(
@@ -139,7 +151,11 @@ def _profiled(
         say(f"{better}, with {format_bytes(extra)} more memory")
         return False
     say("nobody has profiled this model: doing so now, once, with neurons placed blindly")
-    profile(blind, asked)
+    try:
+        profile(blind, asked)
+    except UsageError as error:  # another run is at it, or left one unfinished: this answer does without
+        say(f"{error}; this time neurons are placed blindly")
+        return False
     return True
 
 

@@ -199,6 +199,10 @@ def _sampling_params(settings: Settings) -> SamplingParams:
 
 
 def _load(settings: Settings) -> Engine:
+    if settings.trace is not None:
+        from hybrid_runtime.cli.trace import require_writable  # noqa: PLC0415  # imports torch
+
+        require_writable(settings.trace)
     if settings.simulate_gpu and not settings.vram:
         raise UsageError("--simulate-gpu: how much memory has the GPU? give --vram SIZE")
     from hybrid_runtime.cli.loading import load_engine  # noqa: PLC0415  # imports torch

@@ -39,10 +39,11 @@ def describe(spent: Spent) -> str:
     if tiers is None:
         return f"{parts[0]}, CPU {1e3 * spent.cpu_s / tokens:.1f} ms"
     active = tiers.hot_neurons + tiers.cold_neurons
-    parts.append(f"{tiers.hot_neurons / max(1, active):.0%} hot")
-    sides = {"CPU": spent.cpu_s, "GPU": spent.gpu_s, "wait": spent.wait_s}
+    has_gpu = tiers.hot_neurons > 0 or spent.crossed_bytes > 0
+    parts += [f"{tiers.hot_neurons / max(1, active):.0%} hot"] if has_gpu else []
+    sides = {"CPU": spent.cpu_s, **({"GPU": spent.gpu_s} if has_gpu else {}), "wait": spent.wait_s}
     parts += [f"{name} {1e3 * seconds / tokens:.1f} ms" for name, seconds in sides.items()]
-    parts.append(f"PCIe {format_bytes(spent.crossed_bytes // tokens)}")
+    parts += [f"PCIe {format_bytes(spent.crossed_bytes // tokens)}"] if has_gpu else []
     asked = tiers.disk_hits + tiers.disk_misses
     if asked:
         read = format_bytes(tiers.disk_bytes // tokens)

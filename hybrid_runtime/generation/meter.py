@@ -5,7 +5,6 @@ Read between two tokens; nothing here slows a token down.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, fields, replace
 
 from hybrid_runtime.generation.sequence import TokenSequence
@@ -56,7 +55,6 @@ class DecodeMeter:
         program, tiering = decoder.program_of(cache), decoder.weights.tiering
         return _Reading(
             decoder.steps,
-            time.perf_counter(),
             program.ticks_by_label(),
             decoder.step_s,
             None if tiering is None else _with_hot(tiering.cache.counts(), decoder.hot_neurons(cache)),
@@ -76,7 +74,7 @@ class DecodeMeter:
             tokens * decoder.crossed_bytes(self._sequence.cache)
             + (after.carried_values - before.carried_values) * VALUE_BYTES
         )
-        seconds = after.time_s - before.time_s
+        seconds = after.step_s - before.step_s  # not what prompts, printing and the user took in between
         return Spent(tokens, seconds, kernel_s - gpu_s - wait_s, gpu_s, wait_s, crossed, tiers)
 
 
@@ -85,7 +83,6 @@ class _Reading:
     """Counters at one moment."""
 
     tokens: int
-    time_s: float
     ticks: dict[str, int]
     step_s: float
     tiers: TierCounts | None

@@ -97,10 +97,15 @@ class Decoder:
     def crossed_bytes(self, cache: KvCache) -> int:
         """Of a token, what goes to a GPU and back, carried values not counted; of a simulated one, what would."""
         del cache
-        if self.weights.tiering is None:
+        tiering = self.weights.tiering
+        if tiering is None:
             return 0
-        crossings = {"none": 0, "output": 2, "hidden": 1, "gpu": 0}
-        return sum(crossings[merge] for merge in self.weights.tiering.merges) * self.config.hidden_size * 4
+        led = tiering.plan.gpu_layers.get("attention", frozenset())
+        vectors = 0
+        for layer_idx, merge in enumerate(tiering.merges):  # the stream to the other side, and its sum or values back
+            away = "gpu" if layer_idx in led else "none"
+            vectors += 0 if merge == away else 1 if merge == "hidden" and layer_idx in led else 2
+        return vectors * self.config.hidden_size * 4
 
     def hot_neurons(self, cache: KvCache) -> int:
         """Active neurons that a GPU has listed by itself so far, for this cache's tokens."""

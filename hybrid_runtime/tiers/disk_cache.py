@@ -45,10 +45,12 @@ class TierCounts:
 class DiskCache:
     """num_slots bundles of slot_bytes each. most_misses: bundles that one layer can ask for; there must be more slots.
 
-    slots live in memory that is taken as they are filled. uses_threads_only: never hand reads in asynchronously.
+    slots live in memory that is taken as they are filled. asynchronous: hand reads in and go on, where the system can.
     """
 
     def __init__(self, num_slots: int, slot_bytes: int, most_misses: int, *, asynchronous: bool = True) -> None:
+        if 0 < num_slots <= most_misses:  # no slot would be free for the layer's last bundle
+            raise ValueError(f"num_slots is {num_slots}, expected 0 or more than most_misses, {most_misses}")
         self.num_slots = num_slots
         self._team: Team | None = None
         slots = anonymous_block(num_slots * slot_bytes) if num_slots else torch.zeros(0, dtype=torch.uint8)

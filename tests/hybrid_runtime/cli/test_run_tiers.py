@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
+import filelock
 import pytest
 
 from hybrid_runtime.placement.plan import read_plan
@@ -75,7 +77,7 @@ def test_ram_that_is_too_little_for_all_neurons_leaves_some_on_disk(store, cache
     assert "profil" not in again.stderr
     for each in (first, again):
         assert size_in("RAM  peak", each.stderr) <= 1.05 * ram
-        assert re.search(r"tiers    a token: .* hot, CPU .* wait .* disk \d+ asked, \d+% in the cache", each.stderr)
+        assert re.search(r"tiers    a token: .* CPU .* wait .* disk \d+ asked, \d+% in the cache", each.stderr)
 
 
 def test_the_least_that_a_refusal_names_is_enough(store, cache, least):
@@ -104,6 +106,40 @@ def test_a_simulated_gpu_takes_what_the_plan_gives_it(store, cache, least, tmp_p
     assert all(span["dur"] >= 0 for span in spans)
     one = [span for span in spans if span["cat"] == "token 2"]
     assert [span["ts"] for span in one] == sorted(span["ts"] for span in one)
+    assert spans[0]["ts"] == 0
+    ends = {}
+    for span in spans:
+        number = span["args"]["token"]
+        assert span["ts"] >= ends.get(number - 1, 0.0), "tokens do not overlap"
+        ends[number] = span["ts"] + span["dur"]
+
+
+def test_a_trace_goes_through_links_and_is_refused_early_without_a_folder(store, cache, least, tmp_path):
+    link, target = tmp_path / "link.json", tmp_path / "target.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    done = run(store, cache, "--ram", f"{(least >> 20) + 110}M", "--trace", str(link))
+    assert done.returncode == 0, done.stderr
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["traceEvents"]
+    done = run(store, cache, "--ram", f"{(least >> 20) + 110}M", "--trace", str(tmp_path / "none" / "trace.json"))
+    assert done.returncode == 2
+    assert "--trace" in done.stderr
+    assert "name a file in a folder that is there" in done.stderr
+
+
+def test_a_profile_and_a_plan_that_cannot_be_had_now_keep_nobody_from_an_answer(store, cache, least, tmp_path):
+    own = shutil.copytree(store.folder, tmp_path / "store", ignore=shutil.ignore_patterns("profile", "plans"))
+    (own / "profile").mkdir()
+    with filelock.FileLock(own / "profile" / ".lock"):
+        done = run(open_store(own), cache, "--ram", f"{(least >> 20) + 110}M")
+    assert done.returncode == 0, done.stderr
+    assert "another run writes its profile here; wait for it; this time neurons are placed blindly" in done.stderr
+    shutil.copytree(store.folder / "profile", own / "profile", dirs_exist_ok=True)
+    (own / "plans").write_text("no folder")
+    done = run(open_store(own), cache, "--ram", f"{(least >> 20) + 110}M")
+    assert done.returncode == 0, done.stderr
+    assert "this plan is not kept for the next run" in done.stderr
 
 
 def test_a_gpu_without_memory_is_refused(store, cache):
