@@ -238,11 +238,15 @@ def _planned(store: Store, request: SpreadRequest, profile: Profile | None, say:
         profile=profile,
     )
     plan, tiers = planner.plan(request.vram_bytes, request.ram_bytes, allow_disk=True)
-    names = {"gpu": "on the GPU", "ram": "in RAM", "disk": "on disk"}
-    where = ", ".join(f"{format_bytes(size)} {names[tier]}" for tier, size in plan.neuron_bytes.items() if size)
     speed = f", as {KNOWN_GPUS[gpu].name} would" if gpu else ""
-    say(f"neurons: {where}; expected {plan.tokens_per_s:.1f} tokens/s{speed}")
+    say(f"neurons: {where_neurons_are(plan)}; expected {plan.tokens_per_s:.1f} tokens/s{speed}")
     return Spread(plan, tiers)
+
+
+def where_neurons_are(plan: Plan) -> str:
+    """In words."""
+    names = {"gpu": "on the GPU", "ram": "in RAM", "disk": "on disk"}
+    return ", ".join(f"{format_bytes(size)} {names[tier]}" for tier, size in plan.neuron_bytes.items() if size)
 
 
 def _kept(store: Store, folder: Path, profile_folder: Path) -> Spread | None:

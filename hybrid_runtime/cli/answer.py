@@ -148,17 +148,19 @@ def _collect(pieces: Generator[str, None, None], *, to_stdout: bool, watchers: S
     """The whole text; what was said before a Ctrl-C stays said, and the report says "cancelled"."""
     said: list[str] = []
     # closing: a Ctrl-C may come between two pieces, when no exception reaches the generator that sets the report
-    with contextlib.closing(pieces), contextlib.suppress(KeyboardInterrupt):
-        for piece in pieces:
-            said.append(piece)
-            if to_stdout:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-            for watcher in watchers:
-                watcher.look()
-    if to_stdout:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+    try:
+        with contextlib.closing(pieces), contextlib.suppress(KeyboardInterrupt):
+            for piece in pieces:
+                said.append(piece)
+                if to_stdout:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+                for watcher in watchers:
+                    watcher.look()
+    finally:
+        if to_stdout and (said or sys.exc_info()[0] is None):  # an error has a line of its own
+            sys.stdout.write("\n")
+            sys.stdout.flush()
     return "".join(said)
 
 

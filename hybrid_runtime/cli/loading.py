@@ -20,6 +20,7 @@ from hybrid_runtime.model.decoder import PredictorMode
 from hybrid_runtime.model.kv_cache import KvDtype
 from hybrid_runtime.progress import console_progress
 from hybrid_runtime.sizes import format_bytes
+from hybrid_runtime.spreading import where_neurons_are
 from hybrid_runtime.store.memory import LoadMode
 from hybrid_runtime.stores import ModelRequest
 
@@ -98,7 +99,15 @@ def _describe(engine: Engine, load: str, load_s: float) -> None:
         say(f"GPU        {decoder.way}")
     say(f"store      {engine.store.folder}, {format_bytes(engine.store.num_bytes)}, loaded in {load_s:.2f} s")
     huge = f"{format_bytes(huge_page_bytes())} of this process in huge pages"
-    say(f"weights    {'mapped from their files' if load == 'mmap' else 'in anonymous memory'}, {huge}")
+    is_mapped = load == "mmap" and engine.spread is None
+    say(f"weights    {'mapped from their files' if is_mapped else 'in anonymous memory'}, {huge}")
+    tiering = decoder.weights.tiering
+    if engine.spread is not None and tiering is not None:
+        plan = engine.spread.plan
+        say(f"neurons    {where_neurons_are(plan)}; expected {plan.tokens_per_s:.1f} tokens/s; placed by {plan.solver}")
+        if plan.disk_used_bytes:
+            reads = "asynchronous" if tiering.cache.is_asynchronous else "one by one, by who waits"
+            say(f"disk       a cache of {format_bytes(plan.cache_bytes)}; reads are {reads}")
     say(f"family     {config.family}, {config.num_hidden_layers} layers, {config.activation.kind}")
     say(f"predictor  {sequence.decoder.predictor_mode}")
     say(f"context    {sequence.cache.num_positions} tokens, keys and values in {sequence.cache.keys.dtype}")

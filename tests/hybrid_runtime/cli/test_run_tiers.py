@@ -72,6 +72,8 @@ def test_ram_that_is_too_little_for_all_neurons_leaves_some_on_disk(store, cache
     assert "nobody has profiled this model" in first.stderr
     assert size_in("neurons: .* in RAM,", first.stderr) > 20 * MIB
     assert "on disk; expected" in first.stderr
+    assert re.search(r"\nneurons    .* in RAM, .* on disk; expected [\d.]+ tokens/s; placed by ", first.stderr)
+    assert re.search(r"\ndisk       a cache of [\d.]+ MiB; reads are asynchronous", first.stderr)
     again = run(store, cache, "--ram", f"{ram >> 20}M")
     assert again.stdout == first.stdout, "and the plan is kept"
     assert "profil" not in again.stderr
