@@ -20,7 +20,7 @@ TEXT = "Hello world, once upon a time there was a neuron and the others and a la
 # what makes a walk of minutes one of seconds
 SMALLER = {
     "hybrid-profile": ["--tokens", "8192", "--window", "128"],
-    "hybrid-predictors train": ["--epochs", "1"],
+    "hybrid-predictors train": ["--epochs", "1", "--max-share", "1"],
     "hybrid-run": ["--max-tokens", "3"],
 }
 

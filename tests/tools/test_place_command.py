@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from hybrid_runtime.budget import MemoryNeeds, plan_memory
 from hybrid_runtime.placement import planning
 from hybrid_runtime.placement.decode_time import predict_decode_time
-from hybrid_runtime.placement.plan import read_plan
+from hybrid_runtime.placement.plan import PLAN, read_plan
 from hybrid_runtime.placement.sampled_ratios import sampled_ratios
 from hybrid_runtime.profiling.profile_file import read_samples
 from hybrid_runtime.sizes import parse_bytes
@@ -158,8 +158,8 @@ def test_memory_that_is_slower_than_it_was_is_told(run, model, monkeypatch, tmp_
 
 def test_parts_and_what_is_beside_them_add_up_to_what_is_used(run, model, tmp_path):
     options = ("--ram", "4G", "--vram", "8G", "--gpu", "rtx-4060")
-    used = json.loads(run(model, *options, "--json")[1])
     _, out, _ = run(model, *options, "-o", tmp_path / "plan")
+    used = json.loads((tmp_path / "plan" / PLAN).read_text())
     sums = {"gpu": 0.0, "ram": 0.0}
     for line in out[out.index("part  ") : out.index("layer  ")].splitlines()[1:]:
         if found := re.search(r" (gpu|ram) +([0-9.]+ [A-Za-z]+)", line):

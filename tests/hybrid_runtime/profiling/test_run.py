@@ -225,7 +225,7 @@ def test_what_else_is_in_the_folder_is_left_alone(make, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             make("mine")
     make("mine", restarts=True)
-    make("mine", num_tokens=WINDOW)
+    make("mine", num_tokens=WINDOW, restarts=True)
     make("mine")
     assert all(path.read_text() == "years of work" for path in own)
     assert [path.name for path in (folder / WORK).iterdir()] == ["thesis"]
