@@ -28,8 +28,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as all programs set it: t
 import torch
 
 from hybrid_runtime.benchmarking.speed_test import SpeedTest, measure
-from hybrid_runtime.engine import LoadOptions, OpenModel, open_model
+from hybrid_runtime.engine import OpenModel, open_model
 from hybrid_runtime.generation.sequence import TokenSequence
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.machine import describe_machine, peak_rss_bytes, ram_limit_bytes, reset_peak_rss
 from hybrid_runtime.placement.plan import Plan
 from hybrid_runtime.placement.planning import Planner, make_planner

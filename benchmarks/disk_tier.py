@@ -23,9 +23,10 @@ import click
 import torch
 
 from hybrid_runtime.cli.options import Size
-from hybrid_runtime.engine import LoadOptions, default_cache_dir, open_model
+from hybrid_runtime.engine import default_cache_dir, open_model
 from hybrid_runtime.generation.meter import DecodeMeter
 from hybrid_runtime.generation.sequence import TokenSequence
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.machine import describe_machine, peak_rss_bytes
 from hybrid_runtime.sizes import format_bytes
 from hybrid_runtime.speeds.disk import DiskSpeeds

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import click
 
-from hybrid_runtime.engine import Engine, LoadOptions
+from hybrid_runtime.engine import Engine
 from hybrid_runtime.generation.sampling import SamplingParams
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.stores import ModelRequest
 from hybrid_tools.training.documents import is_held_out, read_documents
 

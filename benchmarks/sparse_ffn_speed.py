@@ -21,7 +21,8 @@ import torch
 
 from hybrid_kernels.bandwidth.op import read_bandwidth
 from hybrid_runtime.cli.loading import use_threads
-from hybrid_runtime.engine import LoadOptions, open_model
+from hybrid_runtime.engine import open_model
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.machine import physical_cores, usable_cores
 from hybrid_runtime.stores import ModelRequest
 

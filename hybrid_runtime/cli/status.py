@@ -7,7 +7,6 @@ import time
 from hybrid_runtime.cli.program import say
 from hybrid_runtime.engine import Engine
 from hybrid_runtime.generation.meter import DecodeMeter, Spent
-from hybrid_runtime.gpu.device import GpuDevice
 from hybrid_runtime.machine import peak_rss_bytes
 from hybrid_runtime.sizes import format_bytes
 
@@ -63,8 +62,8 @@ def closing_lines(engine: Engine, spent: Spent) -> list[str]:
     if spread.plan.vram_bytes:
         decoder = engine.sequence.decoder
         in_use = f"{format_bytes(simulated)} in use, simulated in RAM"
-        if isinstance(device := getattr(decoder, "device", None), GpuDevice) and device.is_cuda:
-            in_use = f"peak {format_bytes(device.peak_bytes())} ({device.way})"
+        if decoder.is_on_cuda:
+            in_use = f"peak {format_bytes(decoder.vram_peak_bytes)} ({decoder.way})"
         lines.append(
             f"         VRAM {in_use}, of {format_bytes(spread.plan.vram_bytes)}, "
             f"planned {format_bytes(spread.simulated_bytes)} and CUDA's own"

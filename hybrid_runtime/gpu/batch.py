@@ -16,11 +16,13 @@ from hybrid_kernels.attention.gpu import LayerCache, attention
 from hybrid_kernels.linear.gpu import MOST_VECTORS, dequantize, linear
 from hybrid_kernels.packed_matrix import Bundles, PackedMatrix
 from hybrid_kernels.rope.gpu import rotate_and_append
+from hybrid_kernels.sparse_ffn.gpu import MOST_TOKENS, sparse_ffn
 from hybrid_kernels.team import Team
 from hybrid_kernels.tiers.gpu import HotNetworks
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.gpu.device import GpuDevice
-from hybrid_runtime.gpu.layer import GpuLayer, GpuPredictor, Rotation, Taps, apply_norm, choose_experts
+from hybrid_runtime.gpu.layer import GpuLayer, GpuPredictor, Taps, apply_norm, choose_experts
+from hybrid_runtime.gpu.rotation import Rotation
 from hybrid_runtime.model.tiered_ffn import tiered_ffn
 from hybrid_runtime.tiers.bundles import TieredBundles
 
@@ -51,7 +53,7 @@ def batch_layer(
 ) -> torch.Tensor:
     """x: float32 [T, H] on the GPU -> the same after the layer. bundles: all of the layer's networks' neurons."""
     taps = _attend(config, layer, x, batch, cache)
-    slots = config.num_experts_per_tok if layer.router is not None else 1
+    slots = config.num_experts_per_tok if layer.weights.router is not None else 1
     experts, weights = (each.view(len(x), slots) for each in choose_experts(config, layer, taps))
     predictor_input = taps.at(config.predictor_input or "post_norm")
     output = taps.pre_norm.clone()
@@ -71,10 +73,11 @@ def batch_layer(
 
 
 def _attend(config: ModelConfig, layer: GpuLayer, x: torch.Tensor, batch: Batch, cache: LayerCache) -> Taps:
-    normed = apply_norm(config, layer.input_layernorm, x)
+    weights = layer.weights
+    normed = apply_norm(config, weights.input_layernorm, x)
     query, keys, values = (
         dense_linear(normed, projection.weight, projection.bias).view(len(x), -1, config.head_dim)
-        for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
+        for projection in (weights.q_proj, weights.k_proj, weights.v_proj)
     )
     turns = batch.rotation if config.rotates(layer.layer_idx) else None
     rotate_and_append(query, keys, values, turns, batch.positions, cache)
@@ -83,8 +86,8 @@ def _attend(config: ModelConfig, layer: GpuLayer, x: torch.Tensor, batch: Batch,
         attention(query[start : start + QUERIES], cache, batch.positions[start : start + QUERIES], window)
         for start in range(0, len(x), QUERIES)
     ])  # fmt: skip
-    middle = x + dense_linear(mixed.view(len(x), -1), layer.o_proj.weight, layer.o_proj.bias)
-    return Taps(x, middle, apply_norm(config, layer.post_attention_layernorm, middle))
+    middle = x + dense_linear(mixed.view(len(x), -1), weights.o_proj.weight, weights.o_proj.bias)
+    return Taps(x, middle, apply_norm(config, weights.post_attention_layernorm, middle))
 
 
 def dense_linear(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -103,18 +106,12 @@ def _product(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def _active(predictor: GpuPredictor, expert_idx: int, x: torch.Tensor) -> torch.Tensor:
     """bool [n, I]."""
-    first, second = 0 if predictor.shares_fc1 else expert_idx, expert_idx
-    hidden = dense_linear(x, _own(predictor.fc1.rows, first, predictor.fc1.num_rows))
+    hidden = dense_linear(x, predictor.fc1.of(0 if predictor.shares_fc1 else expert_idx))
     if predictor.has_relu:
         hidden = torch.relu(hidden)
-    num_neurons, bias = predictor.fc2.num_rows, predictor.fc2.bias
-    if bias is not None:
-        bias = bias[second * num_neurons : (second + 1) * num_neurons]
-    return dense_linear(hidden, _own(predictor.fc2.rows, second, num_neurons), bias) > predictor.threshold
-
-
-def _own(rows: PackedMatrix, idx: int, num_rows: int) -> PackedMatrix:
-    return rows.slice_rows(idx * num_rows, (idx + 1) * num_rows)
+    bias = predictor.fc2.bias
+    logits = dense_linear(hidden, predictor.fc2.of(expert_idx), None if bias is None else bias[expert_idx])
+    return logits > predictor.threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +131,8 @@ class _Network:
         if len(neurons):
             first = int(rows[neurons[0]])  # a network's lie side by side, in their order
             data = self.networks.data[first : first + len(neurons)]
-            y = self._computed(x, neurons, data, active)
+            computed = self._few if len(x) <= MOST_TOKENS and self.activation.is_sparse else self._computed
+            y = computed(x, neurons, data, active)
         down_bias = self.networks.down_bias
         return y if down_bias is None else y + down_bias[self.expert_idx]
 
@@ -161,16 +159,28 @@ class _Network:
         is_cold = self.networks.rows[self.expert_idx] < 0
         return is_cold.expand(len(x), -1) if active is None else active & is_cold
 
+    def _few(
+        self, x: torch.Tensor, neurons: torch.Tensor, data: torch.Tensor, active: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `_computed`; reads those alone that any of the tokens needs."""
+        selected = torch.ones(len(x), len(neurons), dtype=torch.bool, device=x.device)
+        return sparse_ffn(
+            x.contiguous(),
+            self._bundles(data, neurons),
+            self.activation,
+            selected if active is None else active[:, neurons],
+        )
+
     def _computed(
         self, x: torch.Tensor, neurons: torch.Tensor, data: torch.Tensor, active: torch.Tensor | None
     ) -> torch.Tensor:
         """neurons: int64 [m], whose bundles are data: uint8 [m, parts, row_bytes], on the GPU."""
-        networks, total = self.networks, torch.zeros_like(x)
+        total = torch.zeros_like(x)
         for start in range(0, len(neurons), ROWS):
             some = neurons[start : start + ROWS]
-            block = Bundles(data[start : start + ROWS], networks.hidden_size, networks.row_format)
-            up = dense_linear(x, block.up_proj, self._bias(networks.up_bias, some))
-            gate = dense_linear(x, block.gate_proj, self._bias(networks.gate_bias, some)) if block.has_gate else None
+            block = self._bundles(data[start : start + ROWS], some)
+            up = dense_linear(x, block.up_proj, block.up_bias)
+            gate = dense_linear(x, block.gate_proj, block.gate_bias) if block.has_gate else None
             values = activate(self.activation, gate, up)
             if active is not None:
                 values = values * active[:, some]
@@ -178,6 +188,17 @@ class _Network:
             # beyond float16 are products of activations, sometimes: those are computed in float32
             total += (values @ down.float()) if down.dtype == torch.float16 else values @ down
         return total
+
+    def _bundles(self, data: torch.Tensor, neurons: torch.Tensor) -> Bundles:
+        """Without the bias of the output."""
+        networks = self.networks
+        return Bundles(
+            data,
+            networks.hidden_size,
+            networks.row_format,
+            gate_bias=self._bias(networks.gate_bias, neurons),
+            up_bias=self._bias(networks.up_bias, neurons),
+        )
 
     def _bias(self, biases: torch.Tensor | None, neurons: torch.Tensor) -> torch.Tensor | None:
         return None if biases is None else biases[self.expert_idx][neurons]

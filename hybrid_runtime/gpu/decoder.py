@@ -13,14 +13,13 @@ from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.errors import UsageError
 from hybrid_runtime.gpu.batch import Batch, batch_layer, dense_linear
 from hybrid_runtime.gpu.device import GpuDevice
-from hybrid_runtime.gpu.layer import Rotation as GpuRotation
 from hybrid_runtime.gpu.layer import apply_norm, make_gpu_layer, matrix_there, norm_there
 from hybrid_runtime.gpu.networks import hot_networks
+from hybrid_runtime.gpu.rotation import RotationTables
 from hybrid_runtime.gpu.token_script import GpuSide, TokenScript
 from hybrid_runtime.model.decoder import Decoder, PredictorMode, Rotation
 from hybrid_runtime.model.kv_cache import KvCache
 from hybrid_runtime.model.observer import Observer
-from hybrid_runtime.model.rope_frequencies import rope_frequencies
 from hybrid_runtime.model.stepping import Stepping
 from hybrid_runtime.model.weights import DecoderLayer, DecoderWeights
 
@@ -52,7 +51,7 @@ class GpuDecoder(Decoder):
         self.crossing_tokens = crossing_tokens
         plan, there = tiering.plan, device.torch_device
         led = sorted(plan.gpu_layers.get("attention", ()))
-        layers = {idx: make_gpu_layer(config, idx, weights.layers[idx], there, masks=self.masks) for idx in led}
+        layers = {idx: make_gpu_layer(idx, weights.layers[idx], there, masks=self.masks) for idx in led}
         self.weights = weights = _without_predictors(weights, led)
         networks = {
             idx: hot_networks([ffn.tiered_bundles for ffn in layer.experts], there)
@@ -68,10 +67,8 @@ class GpuDecoder(Decoder):
         if "head" in plan.gpu_parts:
             head = norm_there(weights.norm, there)
             self.weights = replace(weights, lm_head=matrix_there(weights.lm_head, there))
-        self._side = GpuSide(device, layers, networks, norms, head)
+        self._side = GpuSide(device, layers, networks, norms, head, RotationTables(there))
         self._caches: weakref.WeakKeyDictionary[KvCache, dict[int, LayerCache]] = weakref.WeakKeyDictionary()
-        self._turns: dict[bool, GpuRotation] = {}
-        self._longest = 1
 
     @property
     def is_on_cuda(self) -> bool:
@@ -82,6 +79,11 @@ class GpuDecoder(Decoder):
     def way(self) -> str:
         """How work gets to the GPU."""
         return self.device.way
+
+    @property
+    def vram_peak_bytes(self) -> int:
+        """Most of its memory that this process has held."""
+        return self.device.peak_bytes()
 
     def crossed_bytes(self, cache: KvCache) -> int:
         """Of a token, what goes over the bus."""
@@ -94,24 +96,6 @@ class GpuDecoder(Decoder):
         program = self._program(cache)
         assert isinstance(program, TokenScript)
         return program.hot_neurons()
-
-    @torch.inference_mode()
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        cache: KvCache,
-        *,
-        all_logits: bool = False,
-        prompt_end: int = 0,
-        observer: Observer | None = None,
-    ) -> torch.Tensor:
-        """As Decoder's, without an observer: profiles are made without a GPU."""
-        assert observer is None
-        if len(tokens) == 1:
-            program = self._program(cache)
-            assert isinstance(program, TokenScript)
-            program.rotate_by(self._gpu_rotation(cache, max(cache.length + 1, prompt_end)))
-        return super().forward(tokens, cache, all_logits=all_logits, prompt_end=prompt_end)
 
     def _new_program(self, cache: KvCache) -> Stepping:
         caches = self._caches_of(cache)
@@ -134,19 +118,6 @@ class GpuDecoder(Decoder):
             self._caches[cache] = caches
         return caches
 
-    def _gpu_rotation(self, cache: KvCache, num_positions: int) -> GpuRotation | None:
-        """Cosines and sines of all of the cache's positions. longrope has two, by how long the sequence is."""
-        rope = self.config.rope
-        if rope is None:
-            return None
-        is_long = rope.kind == "longrope" and num_positions > rope.original_max_position_embeddings
-        if is_long not in self._turns or len(self._turns[is_long][0]) < cache.num_positions:
-            frequencies, magnitude = rope_frequencies(rope, self.config.head_dim, num_positions)
-            angles = torch.arange(cache.num_positions).float().unsqueeze(1) * frequencies
-            there = self.device.torch_device
-            self._turns[is_long] = (magnitude * angles.cos()).to(there), (magnitude * angles.sin()).to(there)
-        return self._turns[is_long]
-
     def _layer(
         self,
         layer_idx: int,
@@ -157,22 +128,19 @@ class GpuDecoder(Decoder):
         cache: KvCache,
         observer: Observer | None,
     ) -> torch.Tensor:
-        """x: on either side -> on the side that leads the layer."""
+        """x: on either side -> on the side that leads the layer. Nothing can be observed: profiles are made without."""
+        assert observer is None
         gpu_layer = self._side.layers.get(layer_idx)
         if gpu_layer is None:
             return super()._layer(layer_idx, layer, x.cpu(), positions, rotation, cache, observer)
         there = self.device.torch_device
-        turns = self._gpu_rotation(cache, self._longest)
+        turns = self._side.rotations.of(rotation, cache.num_positions)
         batch = Batch(positions.int().to(there), turns, crosses=len(x) >= self.crossing_tokens)
         bundles = [ffn.tiered_bundles for ffn in layer.experts]
         networks, caches = self._side.networks[layer_idx], self._caches_of(cache)
         return batch_layer(
             self.config, gpu_layer, networks, bundles, x.to(there), batch, caches[layer_idx], self.device, self.team
         )
-
-    def _rotation(self, num_positions: int) -> Rotation | None:
-        self._longest = num_positions
-        return super()._rotation(num_positions)
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
         if self._side.head is None:

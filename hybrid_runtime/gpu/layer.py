@@ -19,15 +19,13 @@ from hybrid_kernels.routing.gpu import route
 from hybrid_kernels.tiers.gpu import ExpertMatrices, expert_linear
 from hybrid_predictors.mlp import MlpPredictor
 from hybrid_runtime.config import ModelConfig, StreamPoint
+from hybrid_runtime.gpu.rotation import Rotation
 from hybrid_runtime.model.weights import DecoderLayer, Norm, Projection
-
-Rotation = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines, float32 [all positions, D / 2], magnitude included."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuPredictor:
-    """A layer's predictors, stacked. shares_fc1: whether all have the same fc1, which is there once."""
+    """A layer's predictors. shares_fc1: whether all have the same fc1, which is there once."""
 
     fc1: ExpertMatrices
     fc2: ExpertMatrices
@@ -38,16 +36,12 @@ class GpuPredictor:
 
 @dataclass(frozen=True, slots=True)
 class GpuLayer:
-    """A layer whose attention is on the GPU, with its router; predictor: where predictors rule neurons out."""
+    """A layer whose attention is on the GPU. weights: norms, projections and router there, and no experts; predictor:
+    where predictors rule neurons out.
+    """
 
     layer_idx: int
-    input_layernorm: Norm
-    q_proj: Projection
-    k_proj: Projection
-    v_proj: Projection
-    o_proj: Projection
-    post_attention_layernorm: Norm
-    router: PackedMatrix | None
+    weights: DecoderLayer
     predictor: GpuPredictor | None
 
 
@@ -64,12 +58,9 @@ class Taps:
         return {"layer_input": self.layer_input, "pre_norm": self.pre_norm, "post_norm": self.post_norm}[point]
 
 
-def make_gpu_layer(
-    config: ModelConfig, layer_idx: int, layer: DecoderLayer, device: torch.device, *, masks: bool
-) -> GpuLayer:
+def make_gpu_layer(layer_idx: int, layer: DecoderLayer, device: torch.device, *, masks: bool) -> GpuLayer:
     """What is not there yet is copied. masks: whether predictors rule neurons out."""
-    return GpuLayer(
-        layer_idx,
+    weights = DecoderLayer(
         norm_there(layer.input_layernorm, device),
         _projection(layer.q_proj, device),
         _projection(layer.k_proj, device),
@@ -77,8 +68,9 @@ def make_gpu_layer(
         _projection(layer.o_proj, device),
         norm_there(layer.post_attention_layernorm, device),
         None if layer.router is None else matrix_there(layer.router, device),
-        _predictor(config, layer, device) if masks else None,
+        experts=(),
     )
+    return GpuLayer(layer_idx, weights, _predictor(layer, device) if masks else None)
 
 
 def attend(
@@ -90,24 +82,25 @@ def attend(
     cache: LayerCache,
 ) -> Taps:
     """x: float32 [T, H]; positions: int32 [T]. Appends to the cache; T as many as `linear` takes."""
-    normed = apply_norm(config, layer.input_layernorm, x)
+    weights = layer.weights
+    normed = apply_norm(config, weights.input_layernorm, x)
     query, keys, values = (
         linear(normed, projection.weight, projection.bias).view(len(x), -1, config.head_dim)
-        for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
+        for projection in (weights.q_proj, weights.k_proj, weights.v_proj)
     )
     turns = rotation if config.rotates(layer.layer_idx) else None
     rotate_and_append(query, keys, values, turns, positions, cache)
     mixed = attention(query, cache, positions, config.window(layer.layer_idx))  # [T, heads, D]
-    middle = x + linear(mixed.view(len(x), -1), layer.o_proj.weight, layer.o_proj.bias)
-    return Taps(x, middle, apply_norm(config, layer.post_attention_layernorm, middle))
+    middle = x + linear(mixed.view(len(x), -1), weights.o_proj.weight, weights.o_proj.bias)
+    return Taps(x, middle, apply_norm(config, weights.post_attention_layernorm, middle))
 
 
 def choose_experts(config: ModelConfig, layer: GpuLayer, taps: Taps) -> tuple[torch.Tensor, torch.Tensor]:
     """int32 [T * k] and their weights, float32 [T * k]; of a dense layer its only network, with weight 1."""
-    num_tokens, device = len(taps.post_norm), taps.post_norm.device
-    if layer.router is None:
+    num_tokens, device, router = len(taps.post_norm), taps.post_norm.device, layer.weights.router
+    if router is None:
         return torch.zeros(num_tokens, dtype=torch.int32, device=device), torch.ones(num_tokens, device=device)
-    logits = torch.cat([linear(some, layer.router) for some in torch.split(taps.at(config.router_input), MOST_VECTORS)])
+    logits = torch.cat([linear(some, router) for some in torch.split(taps.at(config.router_input), MOST_VECTORS)])
     experts, weights = route(
         logits, config.num_experts_per_tok, config.router_score, normalize=config.normalize_expert_weights
     )
@@ -144,30 +137,49 @@ def _projection(projection: Projection, device: torch.device) -> Projection:
     return Projection(matrix_there(projection.weight, device), bias)
 
 
-def _predictor(config: ModelConfig, layer: DecoderLayer, device: torch.device) -> GpuPredictor:
+def _predictor(layer: DecoderLayer, device: torch.device) -> GpuPredictor:
     predictors: list[MlpPredictor] = layer.low_rank_predictors()
     first = [predictor.fc1 for predictor in predictors]
     shares = len(predictors) > 1 and all(each.rows.data_ptr() == first[0].rows.data_ptr() for each in first)
     biases = [predictor.bias for predictor in predictors if predictor.bias is not None]
-    bias = torch.cat(biases).to(device) if len(biases) == len(predictors) else None
+    bias = torch.stack(biases).to(device) if len(biases) == len(predictors) else None
     return GpuPredictor(
-        ExpertMatrices(stacked(first[:1] if shares else first, device), first[0].num_rows),
-        ExpertMatrices(stacked([each.fc2 for each in predictors], device), config.intermediate_size, bias),
+        expert_matrices(first[:1] if shares else first, device),
+        expert_matrices([each.fc2 for each in predictors], device, bias),
         shares,
         predictors[0].threshold,
         predictors[0].has_relu,
     )
 
 
-def stacked(matrices: Sequence[PackedMatrix], device: torch.device) -> PackedMatrix:
-    """One below the other on the device, without the padding of rows."""
-    like = matrices[0]
-    stride, num_rows = like.row_format.close_row_bytes(like.columns), sum(each.num_rows for each in matrices)
-    width = like.rows.shape[1]
-    memory = torch.zeros(num_rows * stride + width - stride, dtype=torch.uint8, device=device)
-    start = 0
-    for matrix in matrices:
-        count = matrix.num_rows * stride
-        memory[start : start + count].view(matrix.num_rows, stride).copy_(matrix.rows[:, :stride])
-        start += count
-    return PackedMatrix(memory.as_strided((num_rows, width), (stride, 1)), like.columns, like.row_format)
+def expert_matrices(
+    matrices: Sequence[PackedMatrix], device: torch.device, bias: torch.Tensor | None = None
+) -> ExpertMatrices:
+    """Those of one shape. Where they lie on the device, equally far apart, they stay: they may be gigabytes."""
+    first = matrices[0]
+    rows = _lying_there([matrix.rows for matrix in matrices], device)
+    if rows is None:
+        stride = first.row_format.close_row_bytes(first.columns)
+        width, count = first.rows.shape[1], first.num_rows
+        memory = torch.zeros(len(matrices) * count * stride + width - stride, dtype=torch.uint8, device=device)
+        memory[: len(matrices) * count * stride].view(len(matrices), count, stride).copy_(
+            torch.stack([matrix.rows[:, :stride] for matrix in matrices])
+        )
+        rows = memory.as_strided((len(matrices), count, width), (count * stride, stride, 1))
+    return ExpertMatrices(rows, first.columns, first.row_format, bias)
+
+
+def _lying_there(rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor | None:
+    """uint8 [N, row_bytes] each -> [E, N, row_bytes] in the same memory; None where that cannot be."""
+    first = rows[0]
+    storage = first.untyped_storage()
+    offsets = [each.storage_offset() for each in rows]
+    apart = offsets[1] - offsets[0] if len(rows) > 1 else first.numel()
+    is_one = (
+        first.device == device
+        and apart > 0
+        and all(each.untyped_storage().data_ptr() == storage.data_ptr() for each in rows)
+        and all(each.shape == first.shape and each.stride() == first.stride() for each in rows)
+        and offsets == [offsets[0] + idx * apart for idx in range(len(rows))]
+    )
+    return first.as_strided((len(rows), *first.shape), (apart, *first.stride())) if is_one else None

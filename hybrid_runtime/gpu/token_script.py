@@ -35,11 +35,13 @@ from hybrid_kernels.tiers.gpu import (
 )
 from hybrid_runtime.config import ModelConfig
 from hybrid_runtime.gpu.device import GpuDevice
-from hybrid_runtime.gpu.layer import GpuLayer, Rotation, Taps, apply_norm, attend, choose_experts, predict
+from hybrid_runtime.gpu.layer import GpuLayer, Taps, apply_norm, attend, choose_experts, predict
 from hybrid_runtime.gpu.messages import Message
+from hybrid_runtime.gpu.rotation import Rotation, RotationTables
 from hybrid_runtime.gpu.steps import Steps
 from hybrid_runtime.model.kv_cache import KvCache
 from hybrid_runtime.model.neuron_operations import NeuronOperations
+from hybrid_runtime.model.rope_frequencies import rope_frequencies
 from hybrid_runtime.model.token_memory import TokenMemory, padded
 from hybrid_runtime.model.token_operations import TokenOperations
 from hybrid_runtime.model.weights import DecoderWeights, Norm
@@ -49,7 +51,8 @@ from hybrid_runtime.tiers.tiering import Tiering
 @dataclass(frozen=True, slots=True)
 class GpuSide:
     """What of a model is on the GPU. layers: those whose attention is there; networks: of every layer that has hot
-    neurons or is led there; norms: after attention, of the others; head: its norm, where it is there.
+    neurons or is led there; norms: after attention, of the others; head: its norm, where it is there; rotations: of
+    the layers that are led there.
     """
 
     device: GpuDevice
@@ -57,6 +60,7 @@ class GpuSide:
     networks: Mapping[int, HotNetworks]
     norms: Mapping[int, Norm]
     head: Norm | None
+    rotations: RotationTables
 
 
 @dataclass(slots=True)
@@ -104,7 +108,9 @@ class TokenScript:
         self._logits_here = device.host_memory(config.vocab_size, torch.float32)
         self._x = torch.zeros(1, hidden, device=device.torch_device)
         self._hot_neurons = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
+        self._num_positions = cache.num_positions
         self._rotation: Rotation | None = None
+        self._rotate(1)
         self._cold = self._cold_operations(team.num_threads)
         self.steps = Steps(device, team)
         self._fill()
@@ -119,12 +125,6 @@ class TokenScript:
         """What there is to look at."""
         return self.steps
 
-    def rotate_by(self, rotation: Rotation | None) -> None:
-        """Of the next tokens. What was recorded with another one is recorded again."""
-        if rotation is not self._rotation:
-            self._rotation = rotation
-            self.steps.record_again()
-
     def hot_neurons(self) -> int:
         """Active neurons of layers that the GPU leads by predictors, since the beginning."""
         return int(self._hot_neurons)
@@ -133,6 +133,8 @@ class TokenScript:
         """Logits [V] float32 after one more token; the tensor is overwritten by the next step."""
         self._operations.set_token(token, position, num_positions)
         self._position[0] = position
+        if self._config.rope is not None and self._config.rope.kind == "longrope" and self._rotate(num_positions):
+            self.steps.record_again()  # what was recorded has the other tables' addresses
         started_s = time.perf_counter()
         self.steps.run()
         self.step_s = time.perf_counter() - started_s
@@ -183,6 +185,14 @@ class TokenScript:
                 self._fetch_stream()
             steps.compute([self._operations.head()])
         steps.end()
+
+    def _rotate(self, num_positions: int) -> bool:
+        """By what sequences of that length are rotated by. Whether that is something else than before."""
+        rope, before = self._config.rope, self._rotation
+        if rope is not None and self._side.layers:
+            frequencies = rope_frequencies(rope, self._config.head_dim, num_positions)
+            self._rotation = self._side.rotations.of(frequencies, self._num_positions)
+        return self._rotation is not before
 
     def _take_position(self) -> None:
         self._positions.copy_(self._position, non_blocking=True)

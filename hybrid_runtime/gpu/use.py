@@ -45,7 +45,9 @@ def chosen_device(config: ModelConfig, options: LoadOptions) -> GpuDevice | None
     device = find_device()
     if device is None:
         reason = describe_machine().no_gpu_reason or "its driver is not CUDA's"
-        raise UsageError(f"vram_bytes {options.vram_bytes}: no GPU to compute on ({reason}); simulates_gpu=True is one")
+        raise UsageError(
+            f"vram_bytes {options.vram_bytes}: no GPU to compute on ({reason}); leave it at 0, or simulate one"
+        )
     from hybrid_runtime.gpu.decoder import require_computable  # noqa: PLC0415  # imports triton
 
     require_computable(config)

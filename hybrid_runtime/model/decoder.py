@@ -94,6 +94,11 @@ class Decoder:
         """How work gets to the GPU, where there is one."""
         return ""
 
+    @property
+    def vram_peak_bytes(self) -> int:
+        """Most of a GPU's memory that was held, without what CUDA takes for itself; 0 without one."""
+        return 0
+
     def crossed_bytes(self, cache: KvCache) -> int:
         """Of a token, what goes to a GPU and back, carried values not counted; of a simulated one, what would."""
         del cache

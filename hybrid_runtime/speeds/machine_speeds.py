@@ -35,7 +35,10 @@ from hybrid_runtime.typed_json import from_json
 from hybrid_runtime.whole_files import write_whole
 
 FORMAT_VERSION = 2
-BUSY_BYTES = 256 << 20  # read to see how busy memory is, or some times the caches, if they are large
+BUSY_BYTES, MOST_BUSY_BYTES = (
+    256 << 20,
+    1 << 30,
+)  # read to see how busy memory is, or some times the caches, if they are large
 USUAL = (0.8, 1.25)  # how far two measurements of an idle machine lie apart
 
 Say = Callable[[str], None]
@@ -118,11 +121,11 @@ def with_disk_of(speeds: MachineSpeeds, folder: Path, cache_dir: Path, say: Say)
 def speed_now(speeds: MachineSpeeds) -> str | None:
     """What to say where memory is read at another speed than was measured: somebody else uses it, now or then.
 
-    Takes a fifth of a second, and BUSY_BYTES or more of memory.
+    Takes some tenths of a second, and BUSY_BYTES to MOST_BUSY_BYTES of memory.
     """
     team = Team(speeds.num_threads)
     try:
-        now = read_bandwidth(team, max(BUSY_BYTES, 3 * speeds.cache_bytes), 0.1)
+        now = read_bandwidth(team, min(max(BUSY_BYTES, 3 * speeds.cache_bytes), MOST_BUSY_BYTES), 0.1)
     finally:
         team.close()
     share = now / speeds.memory_bytes_per_s

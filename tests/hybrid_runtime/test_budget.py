@@ -106,7 +106,8 @@ def test_promise_is_kept_and_not_grossly_overestimated(
 
 EXPECT = """
 import sys, torch
-from hybrid_runtime.engine import LoadOptions, open_model
+from hybrid_runtime.engine import open_model
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.machine import peak_rss_bytes
 from hybrid_runtime.stores import ModelRequest
 options = LoadOptions(num_positions=256, threads=1, kv_dtype="f16")

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from hybrid_runtime.engine import Engine, LoadOptions
+from hybrid_runtime.engine import Engine
 from hybrid_runtime.errors import ContextOverflow, NumericsError, TemplateError, TokenizerError, UsageError
 from hybrid_runtime.generation.sampling import SamplingParams
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.stores import ModelRequest
 from hybrid_runtime.text.chat import Message
 

@@ -10,9 +10,10 @@ from real.data import shared_data
 from hybrid_kernels.quantization.op import dequantize_rows, quantize_rows
 from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_runtime.cli.run import main
-from hybrid_runtime.engine import Engine, LoadOptions
+from hybrid_runtime.engine import Engine
 from hybrid_runtime.evaluation.perplexity import measure_perplexity
 from hybrid_runtime.generation.sampling import SamplingParams
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.progress import NoProgress
 from hybrid_runtime.stores import ModelRequest, convert_model
 

@@ -13,9 +13,10 @@ import torch
 from real.data import shared_data
 
 from hybrid_runtime.checkpoints.open import open_checkpoint
-from hybrid_runtime.engine import Engine, LoadOptions
+from hybrid_runtime.engine import Engine
 from hybrid_runtime.evaluation.perplexity import measure_perplexity
 from hybrid_runtime.generation.sampling import SamplingParams
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.progress import NoProgress
 from hybrid_runtime.shipped import DEFAULT_MODEL, SHIPPED_MODELS
 from hybrid_runtime.store.reader import open_store

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hybrid_runtime.config import ModelConfig
-from hybrid_runtime.engine import LoadOptions, open_model
+from hybrid_runtime.engine import open_model
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.model.decoder import Decoder
 from hybrid_runtime.model.kv_cache import KvCache
 from hybrid_runtime.placement.sampled_ratios import sampled_ratios

@@ -40,13 +40,18 @@ SPLIT_BLOCK = 1024
 
 @dataclass(frozen=True, slots=True)
 class ExpertMatrices:
-    """One matrix of each of a layer's networks. rows: [E * num_rows] of them, one network after another; bias: float32
-    [E * num_rows].
+    """One matrix of each of a layer's networks. rows: uint8 [E, N, row_bytes], of which the first two dimensions may be
+    strided; bias: float32 [E, N].
     """
 
-    rows: PackedMatrix
-    num_rows: int
+    rows: torch.Tensor
+    columns: int
+    row_format: RowFormat
     bias: torch.Tensor | None = None
+
+    def of(self, expert_idx: int) -> PackedMatrix:
+        """One network's, without a copy."""
+        return PackedMatrix(self.rows[expert_idx], self.columns, self.row_format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,29 +96,31 @@ class Lists:
 def expert_linear(
     x: torch.Tensor, matrices: ExpertMatrices, experts: torch.Tensor, *, has_relu: bool = False
 ) -> torch.Tensor:
-    """x: float32 [T, K] or [P, K]; experts: int32 [P], P a multiple of T -> float32 [P, num_rows]."""
-    rows, num_pairs = matrices.rows, len(experts)
-    values, scales = row_views(rows)
-    y = torch.empty(num_pairs, matrices.num_rows, device=x.device)
-    expert_linear_kernel[(triton.cdiv(matrices.num_rows, BLOCK_ROWS), num_pairs)](
+    """x: float32 [T, K] or [P, K]; experts: int32 [P], P a multiple of T -> float32 [P, N]."""
+    num_rows, num_pairs, apart = matrices.rows.shape[1], len(experts), matrices.rows.stride(0)
+    values, scales = row_views(matrices.of(0))
+    y = torch.empty(num_pairs, num_rows, device=x.device)
+    expert_linear_kernel[(triton.cdiv(num_rows, BLOCK_ROWS), num_pairs)](
         x,
         values,
         scales,
         x if matrices.bias is None else matrices.bias,
         experts,
         y,
-        matrices.num_rows,
+        num_rows,
+        apart // values.element_size(),
+        apart // scales.element_size(),
         values.stride(0),
         scales.stride(0),
-        COLUMNS=rows.columns,
-        KIND=rows.row_format.kind,
-        GROUP=rows.row_format.group,
+        COLUMNS=matrices.columns,
+        KIND=matrices.row_format.kind,
+        GROUP=matrices.row_format.group,
         SHARED=num_pairs // len(x),
         HAS_BIAS=matrices.bias is not None,
         HAS_RELU=has_relu,
         BLOCK_ROWS=BLOCK_ROWS,
         LANES=LANES,
-        CHUNK=CHUNK[rows.row_format.kind],
+        CHUNK=CHUNK[matrices.row_format.kind],
     )
     return y
 

@@ -23,6 +23,8 @@ def expert_linear_kernel(
     experts,
     y,
     num_rows,
+    expert_values,
+    expert_scales,
     value_stride,
     scale_stride,
     COLUMNS: tl.constexpr,
@@ -35,13 +37,14 @@ def expert_linear_kernel(
     LANES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """y: float32 [P, num_rows], each pair's vector times its network's matrix. values, scales: all networks' rows, one
-    network after another; x: float32 [P / SHARED, COLUMNS]; bias: float32 [E * num_rows].
+    """y: float32 [P, num_rows], each pair's vector times its network's matrix. values, scales: the first network's
+    rows; expert_values, expert_scales: from there to the next's; x: float32 [P / SHARED, COLUMNS]; bias: float32
+    [E, num_rows].
     """
     pair = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_rows = row < num_rows
-    of_all = tl.load(experts + pair).to(tl.int64) * num_rows + row
+    expert = tl.load(experts + pair).to(tl.int64)
     lane = tl.arange(0, LANES)
     vector = x + (pair // SHARED).to(tl.int64) * COLUMNS
     products = row_products(
@@ -49,8 +52,8 @@ def expert_linear_kernel(
         COLUMNS,
         values,
         scales,
-        of_all * value_stride,
-        of_all * scale_stride,
+        expert * expert_values + row * value_stride,
+        expert * expert_scales + row * scale_stride,
         in_rows,
         lane,
         lane < 1,
@@ -61,7 +64,7 @@ def expert_linear_kernel(
     )
     total = tl.sum(products, axis=1)  # of one lane and zeros
     if HAS_BIAS:
-        total += tl.load(bias + of_all, in_rows, 0.0)
+        total += tl.load(bias + expert * num_rows + row, in_rows, 0.0)
     if HAS_RELU:
         total = tl.maximum(total, 0.0)
     tl.store(y + pair.to(tl.int64) * num_rows + row, total, in_rows)

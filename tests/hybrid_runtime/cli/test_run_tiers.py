@@ -158,7 +158,8 @@ def test_a_store_that_was_cut_off_is_refused_while_it_decodes(store, cache, leas
     path = store.data_folder / "layer-00001.bin"
     program = f"""
 import os, sys, torch
-from hybrid_runtime.engine import LoadOptions, open_model
+from hybrid_runtime.engine import open_model
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.errors import StoreError
 from hybrid_runtime.stores import ModelRequest
 from pathlib import Path

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from hybrid_predictors.study import OraclePredictor, RandomPredictor
-from hybrid_runtime.engine import LoadOptions, open_model
+from hybrid_runtime.engine import open_model
 from hybrid_runtime.evaluation import held_out
 from hybrid_runtime.evaluation.held_out import Losses, judged, window_losses
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.model.kv_cache import KvCache
 from hybrid_runtime.stores import ModelRequest
 from hybrid_tools.convert import main as convert

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from hybrid_runtime.budget import PREFILL_BATCH
-from hybrid_runtime.engine import Engine, LoadOptions
+from hybrid_runtime.engine import Engine
 from hybrid_runtime.errors import ContextOverflow, NumericsError, UsageError
 from hybrid_runtime.evaluation.perplexity import measure_perplexity
+from hybrid_runtime.load_options import LoadOptions
 
 from ..model.conftest import one_thread  # noqa: F401, TID252  # a fixture
 from ..small_models import BOS, ScriptedDecoder, write_model  # noqa: TID252  # absolute names are the runtime's

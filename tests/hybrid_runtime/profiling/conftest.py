@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_runtime.engine import LoadOptions, open_model
+from hybrid_runtime.engine import open_model
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.profiling.run import ProfileRequest, make_profile
 from hybrid_runtime.stores import ModelRequest, load_store_tokenizer
 from hybrid_tools.convert import main as convert

@@ -21,7 +21,8 @@ from hybrid_kernels.linear.op import linear
 from hybrid_kernels.linear.reference import rounded_linear
 from hybrid_kernels.team import Team
 from hybrid_runtime.budget import PREFILL_BATCH
-from hybrid_runtime.engine import LoadOptions, open_model
+from hybrid_runtime.engine import open_model
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.model.decoder import Decoder
 from hybrid_runtime.profiling.profile import Profile, watched_neurons
 from hybrid_runtime.profiling.profile_file import read_profile, read_samples

@@ -6,7 +6,7 @@ import torch
 from hybrid_kernels.activation import Activation
 from hybrid_kernels.activation_kinds import ACTIVATION_KINDS
 from hybrid_kernels.linear import reference as linear_reference
-from hybrid_kernels.packed_matrix import Bundles, PackedMatrix
+from hybrid_kernels.packed_matrix import Bundles
 from hybrid_kernels.quantization.reference import quantize_rows
 from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_kernels.sparse_ffn import reference as ffn_reference
@@ -96,15 +96,15 @@ def numbered(mask):
 @pytest.mark.parametrize("has_relu", [False, True])
 def test_expert_linear(row_format, has_relu):
     num_experts, num_rows, columns = 3, 37, 96
-    rows = quantize_rows(random(num_experts * num_rows, columns), row_format)
-    bias = random(num_experts * num_rows, seed=2)
-    matrices = ExpertMatrices(PackedMatrix(rows, columns, row_format), num_rows, bias)
+    rows = quantize_rows(random(num_experts * (num_rows + 1), columns), row_format).view(num_experts, num_rows + 1, -1)
+    bias = random(num_experts, num_rows, seed=2)
+    matrices = ExpertMatrices(
+        rows[:, :num_rows], columns, row_format, bias
+    )  # a row that is none of theirs between them
     x, experts = random(2, columns, seed=1), torch.tensor([2, 0, 1, 1], dtype=torch.int32)
     found = expert_linear(x, matrices, experts, has_relu=has_relu)
     for pair, expert in enumerate(experts.tolist()):
-        some = slice(expert * num_rows, (expert + 1) * num_rows)
-        own = PackedMatrix(rows[some], columns, row_format)
-        expected = linear_reference.linear(x[pair // 2 : pair // 2 + 1], own, bias[some])[0]
+        expected = linear_reference.linear(x[pair // 2 : pair // 2 + 1], matrices.of(expert), bias[expert])[0]
         assert_close(found[pair], torch.relu(expected) if has_relu else expected, row_format)
 
 

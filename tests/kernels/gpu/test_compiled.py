@@ -151,7 +151,9 @@ def test_what_else_a_token_needs_compiles(architecture):
 
 def expert_linear_of(kind, group, architecture):
     signature = dict.fromkeys(("x", "bias", "y"), "*fp32") | {"values": TYPES[kind], "scales": "*fp16"}
-    signature |= {"experts": "*i32"} | dict.fromkeys(("num_rows", "value_stride", "scale_stride"), "i32")
+    signature |= {"experts": "*i32"} | dict.fromkeys(
+        ("num_rows", "expert_values", "expert_scales", "value_stride", "scale_stride"), "i32"
+    )
     constants = ROWS | {"KIND": kind, "GROUP": group, "SHARED": 2, "HAS_BIAS": True, "HAS_RELU": True,
                         "BLOCK_ROWS": BLOCK_ROWS, "LANES": LANES, "CHUNK": CHUNK[kind]}  # fmt: skip
     return compiled(expert_linear_kernel, signature, constants, architecture)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_runtime.engine import LoadOptions, OpenModel, open_model
+from hybrid_runtime.engine import OpenModel, open_model
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.profiling.profile import Profile
 from hybrid_runtime.profiling.profile_file import read_profile
 from hybrid_runtime.stores import ModelRequest

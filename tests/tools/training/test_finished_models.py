@@ -10,7 +10,8 @@ import transformers
 from safetensors.torch import load_file
 
 from hybrid_runtime.checkpoints.open import open_checkpoint
-from hybrid_runtime.engine import Engine, LoadOptions
+from hybrid_runtime.engine import Engine
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.stores import ModelRequest
 from hybrid_tools.training.checkpoint import list_states, load_state
 from hybrid_tools.training.initial import checkpoint_weights, random_weights

@@ -10,9 +10,10 @@ import transformers
 from safetensors.torch import load_file
 
 from hybrid_runtime.checkpoints.open import open_checkpoint
-from hybrid_runtime.engine import Engine, LoadOptions
+from hybrid_runtime.engine import Engine
 from hybrid_runtime.errors import UsageError
 from hybrid_runtime.generation.sampling import SamplingParams
+from hybrid_runtime.load_options import LoadOptions
 from hybrid_runtime.stores import ModelRequest
 from hybrid_runtime.text.load import load_tokenizer
 from hybrid_tools.training.initial import checkpoint_weights, random_weights
