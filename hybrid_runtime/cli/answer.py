@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import click
 
 from hybrid_runtime.cli.program import EXIT_INTERRUPTED, say
-from hybrid_runtime.cli.status import closing_lines
+from hybrid_runtime.cli.status import TiersUsed, closing_lines, tiers_used
 from hybrid_runtime.engine import Engine
 from hybrid_runtime.errors import HybridError
 from hybrid_runtime.generation.meter import DecodeMeter
@@ -27,12 +27,13 @@ NO_TEMPLATE = "This model has no chat template: what you type is continued as te
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one prompt brought."""
+    """What one prompt brought. tiers: None where all of the model is in one memory."""
 
     text: str
     report: GenerationReport
     quantization: str
     peak_rss_bytes: int
+    tiers: TiersUsed | None
 
     @property
     def exit_code(self) -> int:
@@ -45,6 +46,7 @@ class Answer:
             "text": self.text,
             "quantization": self.quantization,
             "peak_rss_bytes": self.peak_rss_bytes,
+            "tiers": None if self.tiers is None else asdict(self.tiers),
         } | self.report.to_json()
 
 
@@ -74,7 +76,8 @@ def answer_once(
     text = _collect(pieces, to_stdout=to_stdout, watchers=watchers)
     report = engine.last_report
     assert report is not None
-    answer = Answer(text, report, str(engine.store.manifest.quantization.weights), peak_rss_bytes())
+    tiers = tiers_used(engine, meter.total())
+    answer = Answer(text, report, str(engine.store.manifest.quantization.weights), peak_rss_bytes(), tiers)
     _summarise(engine, report, meter)
     return answer
 

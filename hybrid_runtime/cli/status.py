@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from hybrid_runtime.cli.program import say
 from hybrid_runtime.engine import Engine
@@ -48,6 +49,52 @@ def describe(spent: Spent) -> str:
         read = format_bytes(tiers.disk_bytes // tokens)
         parts.append(f"disk {asked // tokens} asked, {tiers.disk_hits / asked:.0%} in the cache, {read} read")
     return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class TiersUsed:
+    """Of a model that is spread over tiers: what was promised and used, and a token's work, for `--json`. Times are
+    seconds of one token; vram_peak_bytes: of a simulated GPU what is in use.
+    """
+
+    ram_promised_bytes: int
+    ram_peak_bytes: int
+    vram_promised_bytes: int
+    vram_peak_bytes: int
+    is_simulated: bool
+    cpu_s: float
+    gpu_s: float
+    wait_s: float
+    crossed_bytes: int
+    hot_neurons: int
+    cold_neurons: int
+    disk_asked: int
+    disk_hits: int
+    disk_bytes: int
+
+
+def tiers_used(engine: Engine, spent: Spent) -> TiersUsed | None:
+    """None where all of the model is in one memory."""
+    spread, tiers, decoder = engine.spread, spent.tiers, engine.sequence.decoder
+    if spread is None or tiers is None:
+        return None
+    tokens, simulated = max(1, spent.tokens), engine.simulated_bytes
+    return TiersUsed(
+        ram_promised_bytes=spread.plan.ram_bytes,
+        ram_peak_bytes=peak_rss_bytes() - simulated,
+        vram_promised_bytes=spread.plan.vram_bytes,
+        vram_peak_bytes=decoder.vram_peak_bytes if decoder.is_on_cuda else simulated,
+        is_simulated=spread.plan.vram_bytes > 0 and not decoder.is_on_cuda,
+        cpu_s=spent.cpu_s / tokens,
+        gpu_s=spent.gpu_s / tokens,
+        wait_s=spent.wait_s / tokens,
+        crossed_bytes=spent.crossed_bytes // tokens,
+        hot_neurons=tiers.hot_neurons // tokens,
+        cold_neurons=tiers.cold_neurons // tokens,
+        disk_asked=(tiers.disk_hits + tiers.disk_misses) // tokens,
+        disk_hits=tiers.disk_hits // tokens,
+        disk_bytes=tiers.disk_bytes // tokens,
+    )
 
 
 def closing_lines(engine: Engine, spent: Spent) -> list[str]:

@@ -11,6 +11,7 @@ import platform
 import sys
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -117,7 +118,16 @@ class DiskCache:
         failed = int(self.words[layout.FAILED])
         if failed:
             why = os.strerror(-failed) if failed < 0 else "the file ends too early"
-            raise StoreError(f"neurons could not be read from the store: {why}; load the model again")
+            file = _name(int(self.words[layout.FAILED_FILE]))
+            raise StoreError(f"{file}: neurons could not be read: {why}; load the model again")
+
+
+def _name(descriptor: int) -> str:
+    """Of an open file, where the system tells."""
+    try:
+        return str(Path(f"/proc/self/fd/{descriptor}").readlink()) if descriptor else "the store"
+    except OSError:
+        return "the store"
 
 
 def _setup(num_reads: int) -> int:

@@ -32,6 +32,7 @@ from hybrid_kernels.tiers.layout import (
     CONTEXT,
     EVENTS,
     FAILED,
+    FAILED_FILE,
     FIRST_OPEN,
     FREE,
     LOCK,
@@ -238,6 +239,7 @@ def _take_in(disk: int, idx: int, buffer: int, result: int) -> None:
     source = get_i64(disk, BUFFERS) + buffer * get_i64(disk, BUFFER_BYTES)
     last = get_i64(disk, MISSES) + (first + count - 1) * 16
     if result < get_i64(last, MISS_OFFSET) + num_bytes - offset:
+        put_i64(disk, FAILED_FILE, get_i64(read, READ_FILE))
         fail(disk, ENDED_EARLY if result >= 0 else result)
         return
     for miss in range(first, first + count):

@@ -63,6 +63,7 @@ SPLIT_WORDS = 18
     SLEEPERS,
     TEAM,  # address of the state of the team whose workers wait here
     FAILED,  # 0, or what went wrong: a negative errno, or 1 for a file that ends too early
+    FAILED_FILE,  # the descriptor whose read it was; 0: no read's
     # counted since the last reset
     HITS,
     TOTAL_MISSES,
@@ -71,8 +72,8 @@ SPLIT_WORDS = 18
     STALL_TICKS,  # of the processor's time counter, waited for reads, all workers together
     HOT_NEURONS,  # active ones on the GPU
     COLD_NEURONS,
-) = range(36)
-DISK_WORDS = 36
+) = range(37)
+DISK_WORDS = 37
 
 READ_WORDS = 6
 READ_FILE, READ_OFFSET, READ_BYTES, READ_FIRST, READ_COUNT, READ_DONE = range(READ_WORDS)
