@@ -3,9 +3,11 @@
     python benchmarks/gpu_kernels.py
 
 Needs an NVIDIA GPU, and takes about a minute on one. Every kernel is held to its reference before anything is timed; a
-kernel that is wrong ends the program with a table of what failed and no figure. Times are medians of runs that each
-begin with the GPU's caches full of something else; GB/s are of the bytes that are stored, padding included. The last
-line is JSON, also written under benchmarks/results with the machine's description.
+kernel that is wrong ends the program with a table of what failed and no figure. Times are medians of runs, each a CUDA
+graph as when decoding, that begin with the GPU's caches full of something else; GB/s are of the bytes that are stored,
+padding included. `sparse_ffn` is one network for a few tokens at once; `decode` what a token of a mixture runs: lists,
+values, down rows and sums of its two experts. The last line is JSON, also written under benchmarks/results with the
+machine's description.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ from hybrid_kernels.packed_matrix import Bundles, PackedMatrix
 from hybrid_kernels.quantization.row_format import RowFormat
 from hybrid_kernels.sparse_ffn import reference as ffn_reference
 from hybrid_kernels.sparse_ffn.gpu import sparse_ffn
+from hybrid_kernels.tiers.gpu import HotNetworks, add_down_rows, hot_values, merge, new_partial, split
 from hybrid_runtime.machine import describe_machine
 
 FORMATS = (RowFormat("q4", 32), RowFormat("q4", 128), RowFormat("q8", 32), RowFormat("bf16"))
 TOLERANCE = {"q4": 4e-3, "q8": 4e-3, "bf16": 4e-3, "f32": 4e-3}  # root mean square over root mean square
 SHAPES = {"attention": (4096, 4096), "up": (14336, 4096), "head": (32000, 4096)}
+DEVICE = "cuda"
 FLUSH_BYTES = 256 << 20
 NUM_REPETITIONS = 30
 
@@ -101,7 +105,7 @@ def cases() -> Iterator[Case]:
         for name, (num_rows, columns) in SHAPES.items():
             weight = random_rows(num_rows, columns, row_format)
             for count in (1, 4, 16):
-                x = torch.randn(count, columns, device="cuda")
+                x = torch.randn(count, columns, device=DEVICE)
                 yield Case(
                     f"linear {name} {num_rows}x{columns} {row_format}, {count} vectors",
                     weight.rows.numel(),
@@ -114,6 +118,7 @@ def cases() -> Iterator[Case]:
         for share in (0.03, 0.1):
             for count in (1, 4):
                 yield ffn_case(bundles, share, count)
+            yield decode_case([bundles, random_bundles(14336, 4096, row_format)], share)
     for dtype in (torch.float16, torch.float32):
         for length in (512, 4096):
             yield attention_case(dtype, length)
@@ -122,13 +127,13 @@ def cases() -> Iterator[Case]:
 def random_rows(num_rows: int, columns: int, row_format: RowFormat) -> PackedMatrix:
     """Any bytes are rows of q4 and q8 as long as scales are numbers; quantising would take the host minutes."""
     width = row_format.row_bytes(columns)
-    rows = torch.randint(0, 256, (num_rows, width), dtype=torch.uint8, device="cuda")
+    rows = torch.randint(0, 256, (num_rows, width), dtype=torch.uint8, device=DEVICE)
     if row_format.is_quantized:
         start, end = row_format.value_bytes(columns), row_format.value_bytes(columns) + row_format.scale_bytes(columns)
-        scales = torch.rand(num_rows, (end - start) // 2, device="cuda").half() / 64 + 1e-3
+        scales = torch.rand(num_rows, (end - start) // 2, device=DEVICE).half() / 64 + 1e-3
         rows[:, start:end] = scales.view(torch.uint8)
     else:
-        rows[:, : 2 * columns] = torch.randn(num_rows, columns, device="cuda").bfloat16().view(torch.uint8)
+        rows[:, : 2 * columns] = torch.randn(num_rows, columns, device=DEVICE).bfloat16().view(torch.uint8)
     return PackedMatrix(rows, columns, row_format)
 
 
@@ -139,8 +144,8 @@ def random_bundles(num_neurons: int, hidden_size: int, row_format: RowFormat) ->
 
 def ffn_case(bundles: Bundles, share: float, count: int) -> Case:
     activation = Activation("drelu")
-    x = torch.randn(count, bundles.hidden_size, device="cuda") / 64
-    selected = torch.rand(count, bundles.num_neurons, device="cuda") < share
+    x = torch.randn(count, bundles.hidden_size, device=DEVICE) / 64
+    selected = torch.rand(count, bundles.num_neurons, device=DEVICE) < share
     read = int(selected.any(0).sum()) * bundles.data[0].numel()
     return Case(
         f"sparse_ffn 14336x4096 {bundles.row_format}, {100 * share:.0f} %, {count} tokens",
@@ -151,10 +156,49 @@ def ffn_case(bundles: Bundles, share: float, count: int) -> Case:
     )
 
 
+def decode_case(experts: list[Bundles], share: float) -> Case:
+    """A token through all of the experts, whose neurons are all on the GPU."""
+    first, count = experts[0], len(experts)
+    num_neurons, hidden_size = first.num_neurons, first.hidden_size
+    rows = torch.arange(count * num_neurons, dtype=torch.int32, device=DEVICE).view(count, num_neurons)
+    networks = HotNetworks(torch.cat([each.data for each in experts]), rows, num_neurons, hidden_size, first.row_format)
+    activation = Activation("drelu")
+    x = torch.randn(1, hidden_size, device=DEVICE) / 64
+    chosen = torch.arange(count, dtype=torch.int32, device=DEVICE)
+    weights = torch.rand(count, device=DEVICE)
+    logits = torch.rand(count, num_neurons, device=DEVICE)
+    cold = torch.empty(count, num_neurons, dtype=torch.int32, device=DEVICE)
+    cold_counts = torch.zeros(count, dtype=torch.int64, device=DEVICE)
+
+    def run() -> torch.Tensor:
+        lists = split(networks, chosen, logits, 1 - share, cold, cold_counts)
+        hidden = hot_values(x, networks, activation, chosen, lists)
+        partial = new_partial(networks, count, merges_hidden=False)
+        add_down_rows(hidden, networks, chosen, lists, partial)
+        return merge(partial, networks, chosen, weights)
+
+    def expected() -> torch.Tensor:
+        outputs = (
+            ffn_reference.sparse_ffn(x, each, activation, own[None]) for each, own in zip(experts, active, strict=True)
+        )
+        return sum((weight * output for weight, output in zip(weights, outputs, strict=True)), torch.zeros_like(x))
+
+    active = logits > 1 - share
+    values = hot_values(x, networks, activation, chosen, split(networks, chosen, logits, 1 - share, cold, cold_counts))
+    rows_read = 2 * int(active.sum()) + int((active & (values != 0)).sum())  # no down rows of those that came out as 0
+    return Case(
+        f"decode {count} of {num_neurons}x{hidden_size} {first.row_format}, {100 * share:.0f} %",
+        rows_read * first.data[0, 0].numel(),
+        run,
+        expected,
+        first.row_format.kind,
+    )
+
+
 def attention_case(dtype: torch.dtype, length: int) -> Case:
-    keys, values = (torch.randn(length, 8, 128, device="cuda").to(dtype) for _ in range(2))
-    query, cache = torch.randn(1, 32, 128, device="cuda"), LayerCache(keys, values, 8, 128)
-    positions = torch.tensor([length - 1], dtype=torch.int32, device="cuda")
+    keys, values = (torch.randn(length, 8, 128, device=DEVICE).to(dtype) for _ in range(2))
+    query, cache = torch.randn(1, 32, 128, device=DEVICE), LayerCache(keys, values, 8, 128)
+    positions = torch.tensor([length - 1], dtype=torch.int32, device=DEVICE)
 
     def expected() -> torch.Tensor:
         on_host = (each.cpu() for each in (query, keys, values))
@@ -177,14 +221,22 @@ def relative_error(case: Case) -> float:
 
 
 def timed(case: Case, copy: float) -> Row:
-    seconds = sorted(timings(case.run))
+    seconds = sorted(timings(replayed(case.run)))
     median = statistics.median(seconds)
     speed = case.num_bytes / median
     return Row(case.name, 1e6 * median, 1e6 * seconds[int(0.9 * len(seconds))], speed / 1e9, speed / copy)
 
 
+def replayed(run: Callable[[], object]) -> Callable[[], object]:
+    """Without the host's time for launches."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def timings(run: Callable[[], object]) -> Iterator[float]:
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
     run()
     for _ in range(NUM_REPETITIONS):
         flush.zero_()
@@ -198,7 +250,7 @@ def timings(run: Callable[[], object]) -> Iterator[float]:
 
 def copy_bandwidth() -> float:
     """Bytes a second that are read and written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() / statistics.median(timings(lambda: target.copy_(source)))
 
