@@ -153,7 +153,7 @@ def _profiled(
     say("nobody has profiled this model: doing so now, once, with neurons placed blindly")
     try:
         profile(blind, asked)
-    except UsageError as error:  # another run is at it, or left one unfinished: this answer does without
+    except (UsageError, OSError) as error:  # another run is at it, or left one unfinished, or the disk is full
         say(f"{error}; this time neurons are placed blindly")
         return False
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ TEMPORARY = ".tmp"  # ends every name that a kill may leave behind; who owns the
 def write_whole(path: Path, data: bytes) -> None:
     """Replace path by data in one step, once the disk has all of it. One writer at a time: the owner holds a lock.
 
-    Raises OSError, and leaves what was there before.
+    Raises OSError, which names path, and leaves what was there before.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
@@ -20,8 +21,11 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if error.filename is None:  # writing knows no names, and whoever reads the error wants one
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     sync_folder(path.parent)
 
