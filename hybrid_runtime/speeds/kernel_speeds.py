@@ -35,6 +35,7 @@ from hybrid_runtime.synthetic.shapes import Shape
 from hybrid_runtime.synthetic.weights import Firing, SyntheticWeights
 
 NUM_TOKENS = 16  # decoded at a time
+NUM_WARM_UPS = 4  # tokens before them
 DEPTH = 64  # tokens before them, so that looking back takes long enough to be timed
 NUM_ROUNDS = 9
 FIRING = Firing(0.12, 0.35)  # as TurboSparse-Mistral's neurons
@@ -127,8 +128,17 @@ class KernelCalibration:
         ]
 
     def measure(self, num_rounds: int = NUM_ROUNDS) -> KernelSpeeds:
-        """Each model's median over its rounds. Takes some two seconds for nine rounds."""
-        return fitted(self._row_format, self._num_threads, *(model.timed(num_rounds) for model in self._models))
+        """Each model's median over its rounds. Takes some three seconds for nine rounds.
+
+        The models take turns: a small one's rounds are over in some milliseconds each, and one moment of somebody
+        else's would be all of them.
+        """
+        rounds: list[list[_Round]] = [[] for _ in self._models]
+        for _ in range(num_rounds):
+            for model, of_model in zip(self._models, rounds, strict=True):
+                of_model.append(model.round())
+        timed = [model.timed(of_model) for model, of_model in zip(self._models, rounds, strict=True)]
+        return fitted(self._row_format, self._num_threads, *timed)
 
 
 class CalibrationModel:
@@ -142,10 +152,13 @@ class CalibrationModel:
         for token in self._random(DEPTH):
             decoder.forward(token, self._cache)
 
-    def timed(self, num_rounds: int) -> Timed:
-        """Decode NUM_TOKENS tokens at DEPTH num_rounds times, after a time that warms up."""
-        self._decode()
-        rounds = [self._decode() for _ in range(num_rounds)]
+    def round(self) -> _Round:
+        """Decode NUM_TOKENS tokens at DEPTH, after some that bring it into the caches that can hold it."""
+        self._decode(NUM_WARM_UPS)
+        return self._decode(NUM_TOKENS)
+
+    def timed(self, rounds: Sequence[_Round]) -> Timed:
+        """By medians."""
         median_rows = NeuronRows(*(statistics.median(each.rows[kind] for each in rounds) for kind in range(3)))
         return _timed(
             self._manifest,
@@ -156,9 +169,9 @@ class CalibrationModel:
             statistics.median(each.wall_s for each in rounds),
         )
 
-    def _decode(self) -> _Round:
+    def _decode(self, num_tokens: int) -> _Round:
         decoder, cache = self._decoder, self._cache
-        tokens = self._random(NUM_TOKENS)
+        tokens = self._random(num_tokens)
         cache.truncate(DEPTH)
         program, counters = decoder.program_of(cache), decoder.counters
         program.reset_ticks()
@@ -166,10 +179,10 @@ class CalibrationModel:
         started_s = time.perf_counter()
         for token in tokens:
             decoder.forward(token, cache)
-        wall_s = (time.perf_counter() - started_s) / NUM_TOKENS
+        wall_s = (time.perf_counter() - started_s) / num_tokens
         ticks = program.ticks_by_label()
-        per_tick = counters.kernel_s / max(1, sum(ticks.values())) / NUM_TOKENS
-        rows = (counters.gate_rows / NUM_TOKENS, counters.up_rows / NUM_TOKENS, counters.down_rows / NUM_TOKENS)
+        per_tick = counters.kernel_s / max(1, sum(ticks.values())) / num_tokens
+        rows = (counters.gate_rows / num_tokens, counters.up_rows / num_tokens, counters.down_rows / num_tokens)
         return _Round(wall_s, {label: count * per_tick for label, count in ticks.items()}, rows)
 
     def _random(self, count: int) -> torch.Tensor:

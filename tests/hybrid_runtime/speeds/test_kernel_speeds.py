@@ -97,7 +97,8 @@ def test_a_model_is_timed_by_part(rank, mode, lone_team, tmp_path, monkeypatch):
     layers, neurons = 2, 256
     manifest, weights = module._random_weights(model_shape(128, neurons, layers, rank), Q4, tmp_path)
     assert mode in modes_of(manifest)
-    found = CalibrationModel(manifest, Decoder(manifest.config, weights, mode, lone_team)).timed(2)
+    model = CalibrationModel(manifest, Decoder(manifest.config, weights, mode, lone_team))
+    found = model.timed([model.round() for _ in range(2)])
     masks = mode == "mask"
     assert found.operations["attention"] == 3 * layers  # keys have finer rows, which are projected apart
     assert found.operations.get("predictor", 0) == (2 * layers if masks else 0)
@@ -106,7 +107,7 @@ def test_a_model_is_timed_by_part(rank, mode, lone_team, tmp_path, monkeypatch):
     assert sum(found.seconds.values()) < found.wall_s
     assert found.num_rows["attention"] == layers * 128 * 2.5
     assert found.num_rows["predictor"] == (layers * (rank + neurons) if masks else 0)
-    assert 0 < found.num_rows["neurons"] < 3 * layers * neurons
+    assert 0 < found.num_rows["neurons"] <= 3 * layers * neurons
     assert (found.num_rows["gates"] == layers * neurons) != masks  # every gate is read, or named ones
     assert (found.touched.predictor > 0) == masks
     assert found.looked_at == layers * 128 * (8 + 2.5)
