@@ -6,8 +6,10 @@ in Triton's interpreter, where whatever is launched is done at once: that is how
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ from hybrid_runtime.sizes import format_bytes
 
 COMPILER_BYTES = 512 << 20  # Triton's and LLVM's; assumed, for want of a GPU to measure it with
 Work = Callable[[], None]
+Pool = Any  # torch has no public type for it
 
 
 @dataclass(slots=True)
@@ -26,7 +29,7 @@ class GpuDevice:
 
     torch_device: torch.device
     replays: bool = True
-    _pool: Any = field(default=None, init=False)  # torch has no public type for it
+    _aside: torch.cuda.Stream | None = field(default=None, init=False)
 
     @property
     def is_cuda(self) -> bool:
@@ -79,22 +82,44 @@ class GpuDevice:
         if mark is not None:
             mark.synchronize()
 
-    def recorded(self, work: Work) -> Work:
+    def new_pool(self) -> Pool:
+        """Memory for pieces of work that are recorded one after the other. It is gone with the last of them, and takes
+        what torch keeps for other work now, while it still may.
+        """
+        torch.cuda.empty_cache()
+        return torch.cuda.graph_pool_handle()
+
+    def recorded(self, work: Work, pool: Pool) -> Work:
         """The work's launches as one, without doing them: memory that it uses must stay where it is.
 
-        Not by torch.cuda.graph, which collects garbage each time: a token has some sixty pieces of work.
+        Not by torch.cuda.graph, which collects garbage each time: a token has some sixty pieces of work. While one is
+        recorded nothing is collected: a graph that nobody needs must not end then. All go through one stream, by which
+        torch tells memory apart.
         """
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        if self._aside is None:
+            self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), self._aside
         aside.wait_stream(current)
-        with torch.cuda.stream(aside):
-            graph.capture_begin(pool=self._pool)
+        with _without_collections(), torch.cuda.stream(aside):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # what went wrong is told by the first error
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         current.wait_stream(aside)
         replay: Work = graph.replay
         return replay
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from hybrid_kernels.team import Operation, Program, Team
-from hybrid_runtime.gpu.device import GpuDevice, Work
+from hybrid_runtime.gpu.device import GpuDevice, Pool, Work
 
 WARM_UPS = 2
 
@@ -30,6 +31,7 @@ class Steps:
         self._launches: _Launches | None = None
         self._all_launches: list[_Launches] = []
         self._mark: torch.cuda.Event | None = None
+        self._pool = _Pool()
         self.programs: list[Program] = []
         self._timeline: list[tuple[str, int, int]] = []
         self._spent: dict[str, int] = {}
@@ -38,7 +40,7 @@ class Steps:
         """Work that only launches."""
         self._end_program()
         if self._launches is None:
-            self._launches = _Launches(self._device)
+            self._launches = _Launches(self._device, self._pool)
             self._all_launches.append(self._launches)
             self._steps.append(("launches", self._launches.run))
         self._launches.works.append(work)
@@ -68,6 +70,7 @@ class Steps:
         """What was recorded has addresses of memory that is not used any more."""
         for launches in self._all_launches:
             launches.replay = None
+        self._pool.handle = None  # it is gone with them
 
     def run(self) -> None:
         """All of them."""
@@ -111,18 +114,28 @@ class Steps:
             self._operations = []
 
 
+@dataclass(slots=True)
+class _Pool:
+    """What a token's pieces are recorded in; made with the first of them."""
+
+    handle: Pool | None = None
+
+
 class _Launches:
     """Launches without anything of the host's in between."""
 
-    def __init__(self, device: GpuDevice) -> None:
+    def __init__(self, device: GpuDevice, pool: _Pool) -> None:
         self.works: list[Work] = []
         self._device = device
+        self._pool = pool
         self._num_runs = 0
         self.replay: Callable[[], None] | None = None
 
     def run(self) -> None:
         if self.replay is None and self._device.is_cuda and self._device.replays and self._num_runs >= WARM_UPS:
-            self.replay = self._device.recorded(self._all)
+            if self._pool.handle is None:
+                self._pool.handle = self._device.new_pool()
+            self.replay = self._device.recorded(self._all, self._pool.handle)
         self._num_runs += 1
         (self.replay or self._all)()
 

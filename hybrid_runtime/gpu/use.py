@@ -25,17 +25,20 @@ if TYPE_CHECKING:  # imports triton, which not every system has
     from hybrid_runtime.gpu.decoder import GpuDecoder
     from hybrid_runtime.model.decoder import PredictorMode
 
+OLDEST = (8, 0)  # compute capability: Triton compiles for none before, and the kernels need its tf32
 LESS = 0.9  # of the budget, after the driver had no more
 Result = TypeVar("Result")
 
 
 def find_device() -> GpuDevice | None:
-    """The first GPU of NVIDIA's; the CPU where Triton interprets (TRITON_INTERPRET=1, for tests); None without both."""
+    """The first GPU of NVIDIA's, if the kernels are for it; the CPU where Triton interprets (TRITON_INTERPRET=1, for
+    tests); None without both.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
         return GpuDevice(torch.device("cpu"))
     if not torch.cuda.is_available() or torch.version.hip is not None or find_spec("triton") is None:
         return None
-    return GpuDevice(torch.device("cuda", 0))
+    return GpuDevice(torch.device("cuda", 0)) if torch.cuda.get_device_capability(0) >= OLDEST else None
 
 
 def chosen_device(config: ModelConfig, options: LoadOptions) -> GpuDevice | None:
@@ -44,7 +47,7 @@ def chosen_device(config: ModelConfig, options: LoadOptions) -> GpuDevice | None
         return None
     device = find_device()
     if device is None:
-        reason = describe_machine().no_gpu_reason or "its driver is not CUDA's"
+        reason = describe_machine().no_gpu_reason or "it is not NVIDIA's, or older than compute capability 8.0"
         raise UsageError(
             f"vram_bytes {options.vram_bytes}: no GPU to compute on ({reason}); leave it at 0, or simulate one"
         )
@@ -61,6 +64,8 @@ def gpu_decoder(
     """With all the memory that it will take of the GPU for this cache."""
     from hybrid_runtime.gpu.decoder import GpuDecoder  # noqa: PLC0415  # imports triton
 
+    # sums of a prompt's products in float16 would be beyond its range, and not what single tokens make
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     decoder = GpuDecoder(config, weights, mode, team, device)
     decoder.program_of(cache)
     return decoder

@@ -17,7 +17,7 @@ from hybrid_kernels.attention.layout import KV_GROUP
 from hybrid_kernels.quantization.row_format import RowFormat
 
 LEAST_QUERIES = 16  # of a tensor core's instruction
-BLOCK = {"f32": 64, "f16": 64, "q8": 32}  # positions, as many as registers hold with their scales
+BLOCK = {"f32": 32, "f16": 64, "q8": 32}  # positions, as many as registers hold with their scales
 NUM_SPLITS = 16  # a power of two
 
 

@@ -46,6 +46,7 @@ def attend_kernel(
     head = (token * NUM_HEADS + kv_head * group + member).to(tl.int64)
     q = tl.load(query + head[:, None] * HEAD_DIM + column[None, :], in_group[:, None], 0.0) * scale
     first_seen = tl.where(window > 0, tl.maximum(position - window + 1, 0), 0)
+    PRECISION: tl.constexpr = "tf32x3" if KIND == "f32" else "tf32"  # which holds all of float16's digits
     best = tl.full((QUERIES,), LEAST, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     mixed = tl.zeros((QUERIES, HEAD_DIM), tl.float32)
@@ -61,13 +62,13 @@ def attend_kernel(
             scale_at = seen.to(tl.int64)[:, None] * scale_stride + of_group[None, :]
             k *= tl.load(key_scales + scale_at, is_seen[:, None], 0.0).to(tl.float32)
             v *= tl.load(value_scales + scale_at, is_seen[:, None], 0.0).to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision="tf32")  # [QUERIES, BLOCK]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [QUERIES, BLOCK]
         scores = tl.where(is_seen[None, :], scores, LEAST)
         better = tl.maximum(best, tl.max(scores, axis=1))
         shrink = tl.exp(best - better)
         weights = tl.where(is_seen[None, :], tl.exp(scores - better[:, None]), 0.0)
         total = total * shrink + tl.sum(weights, axis=1)
-        mixed = mixed * shrink[:, None] + tl.dot(weights, v, input_precision="tf32")
+        mixed = mixed * shrink[:, None] + tl.dot(weights, v, input_precision=PRECISION)
         best = better
     slot = head * num_splits + split
     tl.store(partial + slot[:, None] * HEAD_DIM + column[None, :], mixed, in_group[:, None])

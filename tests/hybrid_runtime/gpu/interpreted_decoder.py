@@ -1,6 +1,6 @@
 """A model on a GPU and in RAM at once, its kernels in Triton's interpreter, beside one that is in one memory.
 
-test_interpreted.py runs this file in its own process, and test_on_gpu.py on a GPU (HYBRID_TEST_DEVICE=cuda). The
+test_interpreted.py runs this file in its own process, and test_on_gpu.py on a GPU (HYBRID_TEST_DEVICE=cuda:0). The
 models' sizes are changed to what tensor cores multiply.
 """
 
@@ -30,7 +30,7 @@ from tests.hybrid_runtime.model import published_models as models
 from tests.hybrid_runtime.model.tiny_models import load, random_tokens, write_folder
 from tests.hybrid_runtime.tiers.tiered_models import MERGES, plan_of, random_tiers
 
-DEVICE = torch.device(os.environ.get("HYBRID_TEST_DEVICE", "cpu"))
+DEVICE = torch.device(os.environ.get("HYBRID_TEST_DEVICE", "cpu"))  # cuda:0, as find_device names it
 IS_CUDA = DEVICE.type == "cuda"
 if not IS_CUDA:
     attention_gpu.NUM_SPLITS = 2  # the interpreter takes milliseconds for each

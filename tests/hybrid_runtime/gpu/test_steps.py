@@ -14,6 +14,7 @@ class PretendedGpu(GpuDevice):
     def __init__(self, done, *, replays=True):
         super().__init__(torch.device("cuda"), replays)
         self.done = done
+        self.pools, self.recorded_in = 0, []
 
     def mark(self):
         self.done.append("mark")
@@ -21,7 +22,12 @@ class PretendedGpu(GpuDevice):
     def wait(self, mark):
         self.done.append("wait")
 
-    def recorded(self, work):
+    def new_pool(self):
+        self.pools += 1
+        return self.pools
+
+    def recorded(self, work, pool):
+        self.recorded_in.append(pool)
         before = list(self.done)
         work()
         recorded = self.done[len(before) :]
@@ -62,6 +68,7 @@ def test_pieces_are_replayed_after_some_runs(done):
     assert [ran(steps, done) for _ in range(WARM_UPS + 2)] == [AS_WRITTEN] * WARM_UPS + [REPLAYED] * 2
     steps.record_again()
     assert ran(steps, done) == REPLAYED
+    assert steps._device.recorded_in == [1] * 3 + [2] * 3, "a pool is gone with the last of what is recorded in it"
 
 
 def test_eager_stays_eager(done):

@@ -33,6 +33,16 @@ def test_there_is_none_without_a_driver_or_triton(monkeypatch):
     assert find_device() is None
 
 
+@pytest.mark.parametrize(("capability", "computes"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_gpus_that_kernels_are_not_compiled_for_are_none(monkeypatch, capability, computes):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(use, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda idx: capability)
+    assert (find_device() is not None) == computes
+
+
 def test_vram_without_a_gpu_is_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(use, "find_device", lambda: None)
     with pytest.raises(UsageError, match="no GPU to compute on"):

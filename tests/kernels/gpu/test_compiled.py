@@ -112,7 +112,7 @@ CACHES = {"f32": "*fp32", "f16": "*fp16", "q8": "*i8"}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kind", ["f16", "q8"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8"])
 def test_attention_keeps_to_registers(architecture, kind):
     signature = dict.fromkeys(("query", "partial", "partial_max", "partial_sum"), "*fp32")
     signature |= dict.fromkeys(("keys", "values"), CACHES[kind])
