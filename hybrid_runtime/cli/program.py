@@ -7,7 +7,6 @@ it. A traceback is a bug of ours and stays one.
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import logging
 import os
@@ -34,19 +33,6 @@ def run_program(command: click.Command, argv: Sequence[str] | None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows '?' for what it cannot
     with _shown_notes(name):
         return _run(command, name, list(sys.argv[1:] if argv is None else argv))
-
-
-@contextlib.contextmanager
-def without_collections() -> Iterator[None]:
-    """Leave the garbage collector alone while torch is imported: of all that is made then, it would find nothing."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.freeze()
-            gc.enable()
 
 
 def _run(command: click.Command, name: str, arguments: list[str]) -> int:

@@ -21,8 +21,9 @@ import click
 
 from hybrid_runtime import __version__
 from hybrid_runtime.cli.options import Size, model_options, run_options
-from hybrid_runtime.cli.program import run_program, say, without_collections
+from hybrid_runtime.cli.program import run_program, say
 from hybrid_runtime.errors import UsageError
+from hybrid_runtime.garbage import without_collections
 from hybrid_runtime.shipped import DEFAULT_MODEL
 
 if TYPE_CHECKING:  # the engine takes seconds to import, --help should not
@@ -116,7 +117,7 @@ def _run(settings: Settings) -> int:
     prompt = _prompt_of(settings)
     for name, text in (("the prompt", prompt), ("--system", settings.system), ("--stop", "".join(settings.stop))):
         _refuse_broken_text(name, text or "")
-    with without_collections():
+    with without_collections(freezes=True):  # while torch is imported: of all that is made then, nothing is garbage
         from hybrid_runtime.cli.status import StatusLine  # noqa: PLC0415  # imports torch
         from hybrid_runtime.cli.trace import TraceRecorder  # noqa: PLC0415
 

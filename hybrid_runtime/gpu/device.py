@@ -7,15 +7,15 @@ in Triton's interpreter, where whatever is launched is done at once: that is how
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from hybrid_runtime.garbage import without_collections
 from hybrid_runtime.sizes import format_bytes
 
 COMPILER_BYTES = 512 << 20  # Triton's and LLVM's; assumed, for want of a GPU to measure it with
@@ -100,7 +100,7 @@ class GpuDevice:
             self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), self._aside
         aside.wait_stream(current)
-        with _without_collections(), torch.cuda.stream(aside):
+        with without_collections(), torch.cuda.stream(aside):
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 work()
@@ -112,14 +112,3 @@ class GpuDevice:
         current.wait_stream(aside)
         replay: Work = graph.replay
         return replay
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

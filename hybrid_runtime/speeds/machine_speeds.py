@@ -35,10 +35,8 @@ from hybrid_runtime.typed_json import from_json
 from hybrid_runtime.whole_files import write_whole
 
 FORMAT_VERSION = 2
-BUSY_BYTES, MOST_BUSY_BYTES = (
-    256 << 20,
-    1 << 30,
-)  # read to see how busy memory is, or some times the caches, if they are large
+BUSY_BYTES = 256 << 20  # read to see how busy memory is, or some times the caches, if they are large
+MOST_BUSY_BYTES = 1 << 30
 USUAL = (0.8, 1.25)  # how far two measurements of an idle machine lie apart
 
 Say = Callable[[str], None]

@@ -111,7 +111,7 @@ class Links(HTMLParser):
 
 
 def test_a_page_and_pictures_say_all_that_is_known(stores, run, published, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib (the extra plots)")
     page, png = tmp_path / "report.html", tmp_path / "png"
     code, out, err = run(stores / "mixture", "-o", page, "--png", png, *published)
     assert code == 0, err
@@ -236,7 +236,7 @@ def test_without_matplotlib_the_page_keeps_its_tables(stores, run, monkeypatch, 
 
 
 def test_interrupted_while_drawing_what_is_drawn_is_whole(stores, run, monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib (the extra plots)")
     from hybrid_tools.inspection import pictures  # noqa: PLC0415
 
     def interrupted(facts):

@@ -38,7 +38,7 @@ def expert_linear_kernel(
     CHUNK: tl.constexpr,
 ):
     """y: float32 [P, num_rows], each pair's vector times its network's matrix. values, scales: the first network's
-    rows; expert_values, expert_scales: from there to the next's; x: float32 [P / SHARED, COLUMNS]; bias: float32
+    rows, below 2**31 of either; expert_values, expert_scales: from there to the next's; x: float32 [P / SHARED, COLUMNS]; bias: float32
     [E, num_rows].
     """
     pair = tl.program_id(1)
