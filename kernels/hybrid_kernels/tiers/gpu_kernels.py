@@ -38,8 +38,8 @@ def expert_linear_kernel(
     CHUNK: tl.constexpr,
 ):
     """y: float32 [P, num_rows], each pair's vector times its network's matrix. values, scales: the first network's
-    rows, below 2**31 of either; expert_values, expert_scales: from there to the next's; x: float32 [P / SHARED, COLUMNS]; bias: float32
-    [E, num_rows].
+    rows, less than 2**31 of either; expert_values, expert_scales: from there to the next's; x: float32
+    [P / SHARED, COLUMNS]; bias: float32 [E, num_rows].
     """
     pair = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
